@@ -1,0 +1,96 @@
+// Plain-old-data descriptions of what a kernel is to do. No torch, no CUDA: raw pointers and sizes,
+// so that one build serves every torch version and the kernels can be tested without Python.
+//
+// Pointers are to contiguous row-major tensors. T is the number of steps, B the number of rows,
+// H hidden units, R the width of h (R = H without projection), G gates (LSTM i,f,g,o; GRU r,z,n),
+// N the total number of (step, row) pairs: T*B, or less when rows have different lengths.
+#pragma once
+
+#include <cstdint>
+
+namespace rnnlm {
+
+enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+
+// Which rows take part in which step. Dense: all rows in all steps. Packed: step t holds the first
+// batch_sizes[t] rows (never increasing), and the steps lie one after the other in memory.
+struct Sequence {
+  int64_t steps;
+  int64_t batch;
+  const int64_t* batch_sizes;  // [T] or null for dense
+  bool reverse;                // run from the last step to step 0
+};
+
+// "T" in the comments below is the tensor dtype, "A" its arithmetic dtype (float32 for 16 bits).
+struct LstmForward {
+  DType dtype;
+  int threads;
+  Sequence seq;
+  int64_t hidden, proj;  // proj = 0: no projection
+  const void* gates_x;   // T [N, 4H]
+  const void* w_hh;      // T [4H, R]
+  const void* b_hh;      // T [4H] or null
+  const void* w_hr;      // T [R, H], null without projection
+  const void* h0;        // T [B, R]
+  const void* c0;        // T [B, H]
+  void* output;          // T [N, R]
+  void* h_n;             // T [B, R]
+  void* c_n;             // T [B, H]
+  void* cells;           // A [N, H], or null: not wanted
+  void* saved;           // T [N, 4H], or null: no backward will follow
+};
+
+struct LstmBackward {
+  DType dtype;
+  int threads;
+  Sequence seq;
+  int64_t hidden, proj;
+  const void* grad_output;  // T [N, R] or null, as the next three
+  const void* grad_h_n;     // T [B, R]
+  const void* grad_c_n;     // T [B, H]
+  const void* grad_cells;   // A [N, H]
+  const void* w_hh;
+  const void* w_hr;
+  const void* c0;
+  const void* cells;
+  const void* saved;
+  void* dgates;       // T [N, 4H]
+  void* dh0;          // T [B, R]
+  void* dc0;          // T [B, H]
+  void* dproj;        // T [N, R]: gradient of each step's projected h; null without projection
+  void* unprojected;  // T [N, H]: each step's h before the projection; null without projection
+};
+
+struct GruForward {
+  DType dtype;
+  int threads;
+  Sequence seq;
+  int64_t hidden;
+  bool reset_before;
+  const void* gates_x;  // T [N, 3H]
+  const void* w_hh;     // T [3H, H]
+  const void* b_hh;     // T [3H] or null
+  const void* h0;       // T [B, H]
+  void* output;         // T [N, H]
+  void* h_n;            // T [B, H]
+  void* saved;          // T [N, 4H] (reset after) or [N, 3H] (reset before), or null
+};
+
+struct GruBackward {
+  DType dtype;
+  int threads;
+  Sequence seq;
+  int64_t hidden;
+  bool reset_before;
+  const void* grad_output;  // T [N, H] or null
+  const void* grad_h_n;     // T [B, H] or null
+  const void* w_hh;
+  const void* h0;
+  const void* output;
+  const void* saved;
+  void* dgates;     // T [N, 3H]
+  void* candidate;  // T [N, H]: reset after: gradient of W_hn h + b_hn; before: r * h
+  void* dh0;        // T [B, H]
+};
+
+}  // namespace rnnlm

@@ -1,0 +1,41 @@
+// The CPU kernels of one instruction set, and the choice among those that were built.
+#pragma once
+
+#include "core/params.h"
+
+namespace rnnlm::cpu {
+
+// What a kernel did: nothing went wrong, or memory for its workspace could not be had.
+enum class Result : int { ok = 0, out_of_memory = 1 };
+
+struct Kernels {
+  const char* isa;
+  Result (*lstm_forward)(const LstmForward&);
+  Result (*lstm_backward)(const LstmBackward&);
+  Result (*gru_forward)(const GruForward&);
+  Result (*gru_backward)(const GruBackward&);
+  // y = f(x) for n floats (f64: doubles), so that tests reach the vector math: 0 exp, 1 sigmoid,
+  // 2 tanh.
+  void (*elementwise)(int function, DType dtype, int64_t n, const void* x, void* y);
+};
+
+namespace generic {
+Kernels kernels();
+}
+namespace avx2 {
+Kernels kernels();
+}
+namespace avx512 {
+Kernels kernels();
+}
+
+// The best instruction set that was built and that this CPU has, or the one that the environment
+// variable RNNLM_CPU_ISA names. Chosen at the first call. `error` is null, or says that
+// RNNLM_CPU_ISA asks for something that is not there.
+struct Choice {
+  Kernels kernels;
+  const char* error;
+};
+const Choice& choose();
+
+}  // namespace rnnlm::cpu

@@ -1,0 +1,177 @@
+#include "parallel.h"
+
+#include <dlfcn.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <string>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#if defined(__linux__)
+#include <link.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace rnnlm::cpu {
+namespace {
+
+// --- the OpenMP runtime of this process ---------------------------------------------------------
+// GNU's entry points, which LLVM's and Intel's runtimes offer as well.
+
+struct OpenMP {
+  void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
+  int (*thread_num)() = nullptr;
+  int (*num_threads)() = nullptr;
+  std::string name = "std::thread";
+  explicit operator bool() const { return parallel && thread_num && num_threads; }
+};
+
+bool looks_like_openmp(const char* path) {
+  const std::string name = path ? path : "";
+  const std::string base = name.substr(name.rfind('/') + 1);
+  return base.rfind("libgomp", 0) == 0 || base.rfind("libiomp5", 0) == 0 ||
+         base.rfind("libomp", 0) == 0;
+}
+
+void bind(OpenMP& omp, const char* path) {
+  void* handle = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
+  if (!handle) return;
+  OpenMP found;
+  found.parallel = reinterpret_cast<decltype(found.parallel)>(dlsym(handle, "GOMP_parallel"));
+  found.thread_num = reinterpret_cast<decltype(found.thread_num)>(dlsym(handle, "omp_get_thread_num"));
+  found.num_threads =
+      reinterpret_cast<decltype(found.num_threads)>(dlsym(handle, "omp_get_num_threads"));
+  const std::string full = path;
+  found.name = full.substr(full.rfind('/') + 1);
+  if (found) omp = found;
+}
+
+#if defined(__linux__)
+int visit(dl_phdr_info* info, size_t, void* context) {
+  OpenMP& omp = *static_cast<OpenMP*>(context);
+  if (!looks_like_openmp(info->dlpi_name)) return 0;
+  bind(omp, info->dlpi_name);
+  // Several may be loaded (torch's own and the system's): torch's wheel carries its own under
+  // torch/lib or torch.libs, and that is the pool that runs torch's kernels.
+  const std::string path = info->dlpi_name;
+  return omp && path.find("torch") != std::string::npos;
+}
+#endif
+
+// Looked up once, at the first call: torch is imported before any tensor exists.
+const OpenMP& openmp() {
+  static const OpenMP found = [] {
+    OpenMP omp;
+#if defined(__linux__)
+    dl_iterate_phdr(visit, &omp);
+#endif
+    return omp;
+  }();
+  return found;
+}
+
+struct Call {
+  Body body;
+  void* context;
+};
+
+void enter_team(void* data) {
+  const Call& call = *static_cast<const Call*>(data);
+  const OpenMP& omp = openmp();
+  call.body(call.context, omp.thread_num(), omp.num_threads());
+}
+
+// Without OpenMP: threads for this one call. Costs tens of microseconds, and is always right.
+void spawn_team(int threads, const Call& call) {
+  // The team's size must be known before any member starts, so each waits for the verdict.
+  struct Gate {
+    std::atomic<int> size{0};
+  };
+  Gate gate;
+  std::vector<std::thread> team;
+  try {
+    for (int i = 1; i < threads; ++i) {
+      team.emplace_back([&gate, &call, i] {
+        int size;
+        while (!(size = gate.size.load(std::memory_order_acquire))) std::this_thread::yield();
+        call.body(call.context, i, size);
+      });
+    }
+  } catch (const std::system_error&) {
+    // The system is out of threads: go on with those there are.
+  }
+  const int size = int(team.size()) + 1;
+  gate.size.store(size, std::memory_order_release);
+  call.body(call.context, 0, size);
+  for (std::thread& thread : team) thread.join();
+}
+
+void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+}  // namespace
+
+void parallel(int threads, Body body, void* context) {
+  if (threads <= 1) return body(context, 0, 1);
+  Call call{body, context};
+  if (openmp()) {
+    openmp().parallel(enter_team, &call, unsigned(threads), 0);
+  } else {
+    spawn_team(threads, call);
+  }
+}
+
+const char* parallel_runtime() { return openmp().name.c_str(); }
+
+void Barrier::wait(int participants) {
+  if (participants <= 1) return;
+  const int phase = __atomic_load_n(&phase_, __ATOMIC_RELAXED);
+  if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == participants) {
+    __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&phase_, phase + 1, __ATOMIC_RELEASE);
+    return;
+  }
+  // A core may be taken away by another process: after some microseconds let it run.
+  for (int spins = 0; __atomic_load_n(&phase_, __ATOMIC_ACQUIRE) == phase; ++spins) {
+    if (spins < 4096) {
+      pause();
+    } else {
+      std::this_thread::yield();
+    }
+  }
+}
+
+namespace {
+struct Scratch {
+  void* data = nullptr;
+  size_t size = 0;
+  ~Scratch() { std::free(data); }
+};
+}  // namespace
+
+void* workspace(size_t bytes) {
+  thread_local Scratch scratch;
+  constexpr size_t kKeep = size_t(64) << 20;  // more than this is given back at the next call
+  if (scratch.size < bytes || scratch.size > kKeep) {
+    std::free(scratch.data);
+    scratch.size = 0;
+    const size_t rounded = (bytes + 4095) / 4096 * 4096;
+    scratch.data = std::aligned_alloc(4096, rounded);
+    if (!scratch.data) return nullptr;
+    scratch.size = rounded;
+  }
+  return scratch.data;
+}
+
+}  // namespace rnnlm::cpu

@@ -1,0 +1,879 @@
+// The sequential part of LSTM and GRU layers on CPUs, forward and backward. Compiled once per
+// instruction set (RNNLM_ISA names it); isa.cpp chooses among them.
+//
+// How a call runs. A team of threads splits the rows, the hidden units, or both (`Split`). Each
+// thread walks through all steps; in one it computes, block of units by block of units, the
+// recurrent product, the gates and the new state while the block's accumulators are in the L1
+// cache. Threads that share rows meet at a barrier once a step (reset-before GRU and projection:
+// twice), threads that share only units never meet. The state is kept in the arithmetic dtype in
+// the workspace, twice where a step reads all of the old one while it writes the new one.
+//
+// Rows of different lengths: rows are sorted by length, so step t is rows 0 .. rows(t). A row that
+// is not in a step is not touched: cost is proportional to the valid steps.
+//
+// Arithmetic per element is the same for any number of threads, so results are the same bits.
+
+#include "kernels.h"
+
+#include "device/gates.h"
+#include "parallel.h"
+#include "product.h"
+#include "vec.h"
+
+namespace rnnlm::cpu::RNNLM_ISA {
+namespace {
+
+// --- what all cells share -----------------------------------------------------------------------
+
+// Hands out pieces of the workspace. Run once on null to learn the size, once to get the pointers.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(int64_t count) {
+    char* p = base_ ? base_ + used_ : nullptr;
+    used_ += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+    return reinterpret_cast<T*>(p);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// The sequence with the start of each step worked out.
+class Steps {
+ public:
+  Steps() = default;
+  Steps(const Sequence& seq, Arena& arena)
+      : seq_(seq), starts_(seq.batch_sizes ? arena.take<int64_t>(seq.steps) : nullptr) {}
+
+  void fill() {
+    if (!starts_) return;
+    int64_t start = 0;
+    for (int64_t t = 0; t < seq_.steps; ++t) {
+      starts_[t] = start;
+      start += seq_.batch_sizes[t];
+    }
+  }
+  int64_t count() const { return seq_.steps; }
+  int64_t batch() const { return seq_.batch; }
+  bool reverse() const { return seq_.reverse; }
+  int64_t rows(int64_t t) const { return seq_.batch_sizes ? seq_.batch_sizes[t] : seq_.batch; }
+  int64_t start(int64_t t) const { return starts_ ? starts_[t] : t * seq_.batch; }
+  // The step that the s-th iteration of forward (backward) computes.
+  int64_t forward_step(int64_t s) const { return seq_.reverse ? seq_.steps - 1 - s : s; }
+  int64_t backward_step(int64_t s) const { return seq_.reverse ? s : seq_.steps - 1 - s; }
+  // Rows from this one on have their last forward step at iteration s.
+  int64_t first_ending_row(int64_t s) const {
+    if (s + 1 == seq_.steps) return 0;
+    return seq_.reverse ? rows(forward_step(s)) : rows(s + 1);
+  }
+  // Index of the state of `row` before step t, or -1 if that is the initial state.
+  int64_t previous(int64_t t, int64_t row) const {
+    const int64_t before = seq_.reverse ? t + 1 : t - 1;
+    if (before < 0 || before >= seq_.steps || row >= rows(before)) return -1;
+    return start(before) + row;
+  }
+
+ private:
+  Sequence seq_{};
+  int64_t* starts_ = nullptr;
+};
+
+// How a team divides the work: row groups times unit groups.
+struct Split {
+  int row_groups = 1, unit_groups = 1;
+  int threads() const { return row_groups * unit_groups; }
+};
+
+constexpr int64_t kThreadWork = 100'000;      // multiply-adds that make one more thread worth waking
+constexpr int64_t kStepWork = 20'000;         // multiply-adds a step that make a barrier worth it
+constexpr int64_t kCachedWeights = 1'000'000;  // bytes of weights that a core keeps at hand
+
+// `weights`: multiply-adds per row and step; `weight_bytes`: what a thread streams through a step.
+Split choose_split(int threads, int64_t steps, int64_t batch, int64_t weights,
+                   int64_t weight_bytes) {
+  const int64_t work = steps * batch * weights;
+  threads = int(max64(1, min64(threads, work / kThreadWork)));
+  Split split;
+  int64_t units = min64(threads, ceil_div(weight_bytes, kCachedWeights));
+  split.row_groups = int(max64(1, min64(threads / units, batch)));
+  split.unit_groups = threads / split.row_groups;
+  if (batch * weights / split.threads() < kStepWork) split.unit_groups = 1;
+  return split;
+}
+
+// Same split for the team that really came, which may be smaller.
+Split shrink(Split split, int threads) {
+  if (threads >= split.threads()) return split;
+  return split.unit_groups == 1 ? Split{threads, 1} : Split{1, threads};
+}
+
+struct Range {
+  int64_t begin, end;
+};
+
+Range share(int64_t count, int part, int parts) {
+  return {count * part / parts, count * (part + 1) / parts};
+}
+
+Range clip(Range range, int64_t begin, int64_t end) {
+  begin = max64(range.begin, begin);
+  return {begin, max64(begin, min64(range.end, end))};
+}
+
+// A thread's place in its team.
+struct Place {
+  int thread, threads;
+  Split split;
+  Range rows;
+  int unit_group;
+  Barrier* all;
+  Barrier* rows_barrier;
+
+  bool idle() const { return thread >= split.threads(); }
+  Range blocks(int64_t count) const { return share(count, unit_group, split.unit_groups); }
+  Range everything(int64_t count) const { return share(count, thread, split.threads()); }
+  void meet_all() const { all->wait(split.threads()); }
+  void meet_rows() const { rows_barrier->wait(split.unit_groups); }
+};
+
+// Calls f(row, count) for groups of at most `most` rows of nearly equal size.
+template <class F>
+RNNLM_INLINE void row_groups(Range rows, int most, F f) {
+  const int64_t n = rows.end - rows.begin;
+  const int64_t groups = ceil_div(n, most);
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t begin = rows.begin + n * g / groups, end = rows.begin + n * (g + 1) / groups;
+    f(begin, int(end - begin));
+  }
+}
+
+// Computes M's outputs for a range of rows, block by block, and hands each row's piece to f(row,
+// unit, lanes, accumulators of the block's vectors): once a block for gates, once a vector else.
+template <class S, class F>
+RNNLM_INLINE void for_each_output(const Matrix<S>& m, const Place& place, Range rows,
+                                  const Arithmetic<S>* a, int64_t lda, F f) {
+  using T = Arithmetic<S>;
+  constexpr int L = kLanes<T>;
+  alignas(64) T acc[kMaxRows * kMaxVectors * L];
+  const Range blocks = place.blocks(m.blocks());
+  for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+    row_groups(rows, max_rows(m.vectors), [&](int64_t row, int count) {
+      m.multiply(block, count, a + row * lda, lda, acc);
+      for (int i = 0; i < count; ++i) {
+        const T* sums = acc + i * m.vectors * L;
+        if (m.gates) {
+          f(row + i, m.unit(block, 0), m.lanes(block, 0), sums);
+        } else {
+          for (int v = 0; v < m.vectors && m.lanes(block, v) > 0; ++v)
+            f(row + i, m.unit(block, v), m.lanes(block, v), sums + v * L);
+        }
+      }
+    });
+  }
+}
+
+// The same walk over units and rows without a product: f(row, unit, lanes).
+template <class S, class F>
+RNNLM_INLINE void for_each_unit(const Matrix<S>& m, const Place& place, Range rows, F f) {
+  const Range blocks = place.blocks(m.blocks());
+  for (int64_t block = blocks.begin; block < blocks.end; ++block)
+    for (int64_t row = rows.begin; row < rows.end; ++row)
+      for (int v = 0; v < (m.gates ? 1 : m.vectors) && m.lanes(block, v) > 0; ++v)
+        f(row, m.unit(block, v), m.lanes(block, v));
+}
+
+// A weight matrix together with the workspace of its packed form.
+template <class S>
+struct Weights : Matrix<S> {
+  using T = Arithmetic<S>;
+  T* panel_space = nullptr;
+  T* bias_space = nullptr;
+  const S* raw_bias = nullptr;
+
+  void reserve(Arena& arena, bool pack, const void* bias_tensor) {
+    raw_bias = static_cast<const S*>(bias_tensor);
+    if (pack) this->panels = panel_space = arena.take<T>(this->panels_size());
+    if (raw_bias) this->bias = bias_space = arena.take<T>(this->bias_size());
+  }
+  // Blocks that this thread uses when units are split, an equal share when rows are.
+  void pack(const Place& place) {
+    const Range blocks = place.split.row_groups == 1 ? place.blocks(this->blocks())
+                                                     : place.everything(this->blocks());
+    for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+      if (panel_space) Matrix<S>::pack(b, panel_space + b * this->panel_size());
+      if (bias_space)
+        this->pack_bias(b, raw_bias, bias_space + b * this->vectors * kLanes<T>);
+    }
+  }
+};
+
+template <class S>
+Weights<S> gate_rows(const void* w, int64_t hidden, int64_t depth, int gates) {
+  Weights<S> m;
+  m.w = static_cast<const S*>(w);
+  m.ld = m.depth = depth;
+  m.gates = true;
+  m.vectors = gates;
+  m.units = hidden;
+  return m;
+}
+template <class S>
+Weights<S> plain_rows(const void* w, int64_t units, int64_t depth) {
+  Weights<S> m;
+  m.w = static_cast<const S*>(w);
+  m.ld = m.depth = depth;
+  m.vectors = kMaxVectors;
+  m.units = units;
+  return m;
+}
+// out[u] = sum_k a[k] w[k][u], w [depth, units]
+template <class S>
+Weights<S> columns(const void* w, int64_t units, int64_t depth) {
+  Weights<S> m;
+  m.w = static_cast<const S*>(w);
+  m.ld = m.units = units;
+  m.depth = depth;
+  m.columns = true;
+  m.vectors = kMaxVectors;
+  return m;
+}
+
+// Packing reads and writes every weight once; that pays from a few products on.
+bool worth_packing(const Sequence& seq) { return seq.steps * ceil_div(seq.batch, 4) > 8; }
+
+// Runs `Task` on a team. A task has Task(const Params&, Arena&), split(), and run(const Place&).
+template <class Task, class Params>
+Result run(const Params& params) {
+  constexpr int64_t kMaxGroups = 256;
+  Arena sizing(nullptr);
+  sizing.take<Barrier>(1 + kMaxGroups);
+  const Task probe(params, sizing);
+  void* memory = workspace(size_t(sizing.used()));
+  if (!memory) return Result::out_of_memory;
+  Arena arena(memory);
+  Barrier* barriers = arena.take<Barrier>(1 + kMaxGroups);
+
+  struct Context {
+    Task task;
+    Split split;
+    Barrier* barriers;
+  } context{Task(params, arena), probe.split(), barriers};
+  context.split.row_groups = int(min64(context.split.row_groups, kMaxGroups));
+  __builtin_memset(static_cast<void*>(barriers), 0, sizeof(Barrier) * size_t(1 + context.split.row_groups));
+  context.task.steps.fill();
+
+  parallel(
+      context.split.threads(),
+      [](void* data, int thread, int threads) {
+        Context& c = *static_cast<Context*>(data);
+        Place place;
+        place.thread = thread;
+        place.threads = threads;
+        place.split = shrink(c.split, threads);
+        if (place.idle()) return;
+        const int row_group = thread / place.split.unit_groups;
+        place.unit_group = thread % place.split.unit_groups;
+        place.rows = share(c.task.steps.batch(), row_group, place.split.row_groups);
+        place.all = c.barriers;
+        place.rows_barrier = c.barriers + 1 + row_group;
+        c.task.run(place);
+      },
+      &context);
+  return Result::ok;
+}
+
+// Copies rows of a [B, width] tensor into a workspace of row stride `ld`, or zeros without tensor.
+template <class S>
+void copy_rows(const void* tensor, int64_t width, Range rows, Arithmetic<S>* out, int64_t ld) {
+  constexpr int L = kLanes<Arithmetic<S>>;
+  const S* in = static_cast<const S*>(tensor);
+  for (int64_t row = rows.begin; row < rows.end; ++row)
+    for (int64_t u = 0; u < width; u += L)
+      store(out + row * ld + u,
+            in ? load(in + row * width + u, width - u) : Vec<Arithmetic<S>>{});
+}
+
+// --- LSTM ---------------------------------------------------------------------------------------
+
+// 16-bit tensors save pre-activations: near 1 an activation has no bits left for 1 - sigma.
+template <class S>
+constexpr bool kSavesPreactivations = sizeof(S) == 2;
+
+template <class S>
+class LstmForwardTask {
+  using T = Arithmetic<S>;
+  using M = Math<T>;
+  using V = Vec<T>;
+  static constexpr int L = kLanes<T>;
+
+ public:
+  Steps steps;
+
+  LstmForwardTask(const LstmForward& p, Arena& arena)
+      : steps(p.seq, arena),
+        p_(p),
+        width_(p.proj ? p.proj : p.hidden),
+        h_ld_(ceil_div(width_, L) * L),
+        c_ld_(ceil_div(p.hidden, L) * L),
+        gates_(gate_rows<S>(p.w_hh, p.hidden, width_, 4)),
+        project_(plain_rows<S>(p.w_hr, p.proj, p.hidden)) {
+    const bool pack = worth_packing(p.seq);
+    gates_.reserve(arena, pack, p.b_hh);
+    if (p.proj) project_.reserve(arena, pack, nullptr);
+    for (T*& h : h_) h = arena.take<T>(p.seq.batch * h_ld_);
+    c_ = arena.take<T>(p.seq.batch * c_ld_);
+    if (p.proj) unprojected_ = arena.take<T>(p.seq.batch * c_ld_);
+  }
+
+  Split split() const {
+    const int64_t weights = 4 * p_.hidden * width_ + p_.proj * p_.hidden;
+    return choose_split(p_.threads, p_.seq.steps, p_.seq.batch, weights,
+                        weights * int64_t(sizeof(T)));
+  }
+
+  void run(const Place& place) {
+    gates_.pack(place);
+    if (p_.proj) project_.pack(place);
+    const Range mine = place.everything(steps.batch());
+    for (T* h : h_) copy_rows<S>(p_.h0, width_, mine, h, h_ld_);
+    copy_rows<S>(p_.c0, p_.hidden, mine, c_, c_ld_);
+    place.meet_all();
+    for (int64_t s = 0; s < steps.count(); ++s) {
+      const int64_t t = steps.forward_step(s);
+      const Range rows = clip(place.rows, 0, steps.rows(t));
+      const int64_t ending = steps.first_ending_row(s);
+      const T* h_in = h_[s & 1];
+      T* h_out = h_[(s + 1) & 1];
+      for_each_output(gates_, place, rows, h_in, h_ld_,
+                      [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
+                        step(steps.start(t) + row, row, unit, lanes, sums, row >= ending, h_out);
+                      });
+      place.meet_rows();
+      if (!p_.proj) continue;
+      for_each_output(project_, place, rows, unprojected_, c_ld_,
+                      [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
+                        emit_h(steps.start(t) + row, row, unit, lanes, load(sums), row >= ending,
+                               h_out);
+                      });
+      place.meet_rows();
+    }
+  }
+
+ private:
+  RNNLM_INLINE void step(int64_t index, int64_t row, int64_t unit, int64_t lanes, const T* sums,
+                         bool ending, T* h_out) {
+    const int64_t H = p_.hidden;
+    const S* x = static_cast<const S*>(p_.gates_x) + index * 4 * H + unit;
+    const LstmGates<V> pre = {
+        load(sums) + load(x, lanes), load(sums + L) + load(x + H, lanes),
+        load(sums + 2 * L) + load(x + 2 * H, lanes), load(sums + 3 * L) + load(x + 3 * H, lanes)};
+    const LstmGates<V> y = lstm_activate<M>(pre);
+    V c = load(c_ + row * c_ld_ + unit);
+    const V h = lstm_forward<M>(y, c);
+    store(c_ + row * c_ld_ + unit, c);
+    if (p_.saved) {
+      const LstmGates<V>& kept = kSavesPreactivations<S> ? pre : y;
+      S* saved = static_cast<S*>(p_.saved) + index * 4 * H + unit;
+      store(saved, kept.i, lanes);
+      store(saved + H, kept.f, lanes);
+      store(saved + 2 * H, kept.g, lanes);
+      store(saved + 3 * H, kept.o, lanes);
+    }
+    if (p_.cells) store(static_cast<T*>(p_.cells) + index * H + unit, c, lanes);
+    if (ending) store(static_cast<S*>(p_.c_n) + row * H + unit, c, lanes);
+    if (p_.proj) {
+      store(unprojected_ + row * c_ld_ + unit, h);
+    } else {
+      emit_h(index, row, unit, lanes, h, ending, h_out);
+    }
+  }
+
+  RNNLM_INLINE void emit_h(int64_t index, int64_t row, int64_t unit, int64_t lanes, V h,
+                           bool ending, T* h_out) {
+    store(h_out + row * h_ld_ + unit, h);
+    store(static_cast<S*>(p_.output) + index * width_ + unit, h, lanes);
+    if (ending) store(static_cast<S*>(p_.h_n) + row * width_ + unit, h, lanes);
+  }
+
+  LstmForward p_;
+  int64_t width_, h_ld_, c_ld_;
+  Weights<S> gates_, project_;
+  T* h_[2];
+  T* c_;
+  T* unprojected_ = nullptr;  // [B, H]: h of this step before the projection
+};
+
+template <class S>
+class LstmBackwardTask {
+  using T = Arithmetic<S>;
+  using M = Math<T>;
+  using V = Vec<T>;
+  static constexpr int L = kLanes<T>;
+
+ public:
+  Steps steps;
+
+  LstmBackwardTask(const LstmBackward& p, Arena& arena)
+      : steps(p.seq, arena),
+        p_(p),
+        width_(p.proj ? p.proj : p.hidden),
+        gate_ld_(4 * p.hidden),
+        c_ld_(ceil_div(p.hidden, L) * L),
+        r_ld_(ceil_div(width_, L) * L),
+        recurrent_(columns<S>(p.w_hh, width_, 4 * p.hidden)),
+        unproject_(columns<S>(p.w_hr, p.hidden, p.proj)) {
+    recurrent_.reserve(arena, true, nullptr);
+    if (p.proj) unproject_.reserve(arena, true, nullptr);
+    for (T*& d : dgates_) d = arena.take<T>(p.seq.batch * gate_ld_);
+    dc_ = arena.take<T>(p.seq.batch * c_ld_);
+    if (p.proj) dr_ = arena.take<T>(p.seq.batch * r_ld_);
+  }
+
+  Split split() const {
+    const int64_t weights = 4 * p_.hidden * width_ + p_.proj * p_.hidden;
+    return choose_split(p_.threads, p_.seq.steps, p_.seq.batch, weights,
+                        weights * int64_t(sizeof(T)));
+  }
+
+  void run(const Place& place) {
+    recurrent_.pack(place);
+    if (p_.proj) unproject_.pack(place);
+    copy_rows<S>(p_.grad_c_n, p_.hidden, place.everything(steps.batch()), dc_, c_ld_);
+    place.meet_all();
+    int64_t next_rows = 0;  // rows of the step that forward took after this one
+    for (int64_t s = 0; s <= steps.count(); ++s) {
+      // One iteration more than steps: the last hands the gradient on to h0 and c0.
+      const bool last = s == steps.count();
+      const int64_t t = last ? 0 : steps.backward_step(s);
+      const int64_t rows = last ? 0 : steps.rows(t);
+      const T* next = dgates_[s & 1];
+      T* own = dgates_[(s + 1) & 1];
+
+      const auto arrive = [&](int64_t row, int64_t unit, int64_t lanes, V dh) {
+        if (p_.proj)
+          gather_projected(steps.start(t) + row, row, unit, lanes, dh);
+        else
+          step(t, row, unit, lanes, with_grad_output(steps.start(t) + row, unit, lanes, dh), own);
+      };
+      // Rows that forward took on to another step.
+      for_each_output(recurrent_, place, clip(place.rows, 0, min64(rows, next_rows)), next, gate_ld_,
+                      [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
+                        arrive(row, unit, lanes, load(sums));
+                      });
+      // Rows whose last step this is.
+      for_each_unit(recurrent_, place, clip(place.rows, next_rows, rows),
+                    [&](int64_t row, int64_t unit, int64_t lanes) {
+                      arrive(row, unit, lanes, grad_h_n(row, unit, lanes));
+                    });
+      // Rows whose first step was the one before: what is left belongs to the initial state.
+      const Range done = clip(place.rows, rows, next_rows);
+      for_each_output(recurrent_, place, done, next, gate_ld_,
+                      [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
+                        store(static_cast<S*>(p_.dh0) + row * width_ + unit, load(sums), lanes);
+                      });
+      const Weights<S>& units = p_.proj ? unproject_ : recurrent_;
+      for_each_unit(units, place, done, [&](int64_t row, int64_t unit, int64_t lanes) {
+        store(static_cast<S*>(p_.dc0) + row * p_.hidden + unit, load(dc_ + row * c_ld_ + unit),
+              lanes);
+      });
+      if (p_.proj) {
+        place.meet_rows();
+        for_each_output(unproject_, place, clip(place.rows, 0, rows), dr_, r_ld_,
+                        [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
+                          step(t, row, unit, lanes, load(sums), own);
+                        });
+      }
+      place.meet_rows();
+      next_rows = rows;
+    }
+  }
+
+ private:
+  V grad_h_n(int64_t row, int64_t unit, int64_t lanes) const {
+    const S* grad = static_cast<const S*>(p_.grad_h_n);
+    return grad ? load(grad + row * width_ + unit, lanes) : V{};
+  }
+  RNNLM_INLINE V with_grad_output(int64_t index, int64_t unit, int64_t lanes, V dh) const {
+    const S* grad = static_cast<const S*>(p_.grad_output);
+    return grad ? dh + load(grad + index * width_ + unit, lanes) : dh;
+  }
+  void gather_projected(int64_t index, int64_t row, int64_t unit, int64_t lanes, V dh) {
+    dh = with_grad_output(index, unit, lanes, dh);
+    store(dr_ + row * r_ld_ + unit, dh);
+    store(static_cast<S*>(p_.dproj) + index * width_ + unit, dh, lanes);
+  }
+
+  RNNLM_INLINE void step(int64_t t, int64_t row, int64_t unit, int64_t lanes, V dh, T* own) {
+    const int64_t H = p_.hidden, index = steps.start(t) + row;
+    const S* saved = static_cast<const S*>(p_.saved) + index * 4 * H + unit;
+    LstmGates<V> y = {load(saved, lanes), load(saved + H, lanes), load(saved + 2 * H, lanes),
+                      load(saved + 3 * H, lanes)};
+    if (kSavesPreactivations<S>) y = lstm_activate<M>(y);
+    const T* cells = static_cast<const T*>(p_.cells);
+    const V c = load(cells + index * H + unit, lanes);
+    const int64_t before = steps.previous(t, row);
+    const V c_prev = before < 0 ? load(static_cast<const S*>(p_.c0) + row * H + unit, lanes)
+                                : load(cells + before * H + unit, lanes);
+    V dc = load(dc_ + row * c_ld_ + unit);
+    if (p_.grad_cells)
+      dc = dc + load(static_cast<const T*>(p_.grad_cells) + index * H + unit, lanes);
+    const LstmGates<V> d = lstm_backward<M>(y, c_prev, c, dh, dc);
+    store(dc_ + row * c_ld_ + unit, dc);
+    if (p_.proj)
+      store(static_cast<S*>(p_.unprojected) + index * H + unit, y.o * M::tanh(c), lanes);
+    T* scratch = own + row * gate_ld_ + unit;
+    S* out = static_cast<S*>(p_.dgates) + index * 4 * H + unit;
+    const V values[4] = {d.i, d.f, d.g, d.o};
+    for (int g = 0; g < 4; ++g) {
+      store(scratch + g * H, values[g], lanes);
+      store(out + g * H, values[g], lanes);
+    }
+  }
+
+  LstmBackward p_;
+  int64_t width_, gate_ld_, c_ld_, r_ld_;
+  Weights<S> recurrent_, unproject_;
+  T* dgates_[2];  // [B, 4H] of the step that forward took next, and of this one
+  T* dc_;
+  T* dr_ = nullptr;  // [B, R]: gradient of this step's projected h
+};
+
+// --- GRU ----------------------------------------------------------------------------------------
+
+template <class S>
+class GruForwardTask {
+  using T = Arithmetic<S>;
+  using M = Math<T>;
+  using V = Vec<T>;
+  static constexpr int L = kLanes<T>;
+
+ public:
+  Steps steps;
+
+  GruForwardTask(const GruForward& p, Arena& arena)
+      : steps(p.seq, arena),
+        p_(p),
+        ld_(ceil_div(p.hidden, L) * L),
+        gates_(gate_rows<S>(p.w_hh, p.hidden, p.hidden, p.reset_before ? 2 : 3)),
+        candidate_(plain_rows<S>(static_cast<const S*>(p.w_hh) + 2 * p.hidden * p.hidden, p.hidden,
+                                 p.hidden)) {
+    const bool pack = worth_packing(p.seq);
+    gates_.reserve(arena, pack, p.b_hh);
+    if (p.reset_before) {
+      const S* bias = static_cast<const S*>(p.b_hh);
+      candidate_.reserve(arena, pack, bias ? bias + 2 * p.hidden : nullptr);
+      rh_ = arena.take<T>(p.seq.batch * ld_);
+      z_ = arena.take<T>(p.seq.batch * ld_);
+    }
+    for (T*& h : h_) h = arena.take<T>(p.seq.batch * ld_);
+  }
+
+  Split split() const {
+    const int64_t weights = 3 * p_.hidden * p_.hidden;
+    return choose_split(p_.threads, p_.seq.steps, p_.seq.batch, weights,
+                        weights * int64_t(sizeof(T)));
+  }
+
+  void run(const Place& place) {
+    gates_.pack(place);
+    if (p_.reset_before) candidate_.pack(place);
+    const Range mine = place.everything(steps.batch());
+    for (T* h : h_) copy_rows<S>(p_.h0, p_.hidden, mine, h, ld_);
+    place.meet_all();
+    for (int64_t s = 0; s < steps.count(); ++s) {
+      const int64_t t = steps.forward_step(s), start = steps.start(t);
+      const Range rows = clip(place.rows, 0, steps.rows(t));
+      const int64_t ending = steps.first_ending_row(s);
+      const T* h_in = h_[s & 1];
+      T* h_out = h_[(s + 1) & 1];
+      if (!p_.reset_before) {
+        for_each_output(gates_, place, rows, h_in, ld_,
+                        [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
+                          reset_after(start + row, row, unit, lanes, sums, h_in, h_out,
+                                      row >= ending);
+                        });
+      } else {
+        for_each_output(gates_, place, rows, h_in, ld_,
+                        [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
+                          reset_before(start + row, row, unit, lanes, sums, h_in);
+                        });
+        place.meet_rows();
+        for_each_output(candidate_, place, rows, rh_, ld_,
+                        [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
+                          finish_reset_before(start + row, row, unit, lanes, sums, h_in, h_out,
+                                              row >= ending);
+                        });
+      }
+      place.meet_rows();
+    }
+  }
+
+ private:
+  const S* x(int64_t index, int64_t unit) const {
+    return static_cast<const S*>(p_.gates_x) + index * 3 * p_.hidden + unit;
+  }
+  S* saved(int64_t index, int64_t unit) const {
+    return static_cast<S*>(p_.saved) + index * (p_.reset_before ? 3 : 4) * p_.hidden + unit;
+  }
+
+  RNNLM_INLINE void reset_after(int64_t index, int64_t row, int64_t unit, int64_t lanes,
+                                const T* sums, const T* h_in, T* h_out, bool ending) {
+    const int64_t H = p_.hidden;
+    const S* in = x(index, unit);
+    const V a_r = load(sums) + load(in, lanes);
+    const V a_z = load(sums + L) + load(in + H, lanes);
+    const V hn = load(sums + 2 * L);
+    const V r = M::sigmoid(a_r), z = M::sigmoid(a_z);
+    const V a_n = M::fma(r, hn, load(in + 2 * H, lanes));
+    const V n = M::tanh(a_n);
+    if (p_.saved) {
+      S* out = saved(index, unit);
+      store(out, kSavesPreactivations<S> ? a_r : r, lanes);
+      store(out + H, kSavesPreactivations<S> ? a_z : z, lanes);
+      store(out + 2 * H, kSavesPreactivations<S> ? a_n : n, lanes);
+      store(out + 3 * H, hn, lanes);
+    }
+    emit_h(index, row, unit, lanes, z, n, h_in, h_out, ending);
+  }
+
+  RNNLM_INLINE void reset_before(int64_t index, int64_t row, int64_t unit, int64_t lanes,
+                                 const T* sums, const T* h_in) {
+    const int64_t H = p_.hidden, at = row * ld_ + unit;
+    const S* in = x(index, unit);
+    const V a_r = load(sums) + load(in, lanes);
+    const V a_z = load(sums + L) + load(in + H, lanes);
+    const V r = M::sigmoid(a_r), z = M::sigmoid(a_z);
+    store(rh_ + at, r * load(h_in + at));
+    store(z_ + at, z);
+    if (p_.saved) {
+      S* out = saved(index, unit);
+      store(out, kSavesPreactivations<S> ? a_r : r, lanes);
+      store(out + H, kSavesPreactivations<S> ? a_z : z, lanes);
+    }
+  }
+
+  RNNLM_INLINE void finish_reset_before(int64_t index, int64_t row, int64_t unit, int64_t lanes,
+                                        const T* sums, const T* h_in, T* h_out, bool ending) {
+    const V a_n = load(sums) + load(x(index, unit) + 2 * p_.hidden, lanes);
+    const V n = M::tanh(a_n);
+    if (p_.saved)
+      store(saved(index, unit) + 2 * p_.hidden, kSavesPreactivations<S> ? a_n : n, lanes);
+    emit_h(index, row, unit, lanes, load(z_ + row * ld_ + unit), n, h_in, h_out, ending);
+  }
+
+  RNNLM_INLINE void emit_h(int64_t index, int64_t row, int64_t unit, int64_t lanes, V z, V n,
+                           const T* h_in, T* h_out, bool ending) {
+    const V h = gru_update<M>(z, n, load(h_in + row * ld_ + unit));
+    store(h_out + row * ld_ + unit, h);
+    store(static_cast<S*>(p_.output) + index * p_.hidden + unit, h, lanes);
+    if (ending) store(static_cast<S*>(p_.h_n) + row * p_.hidden + unit, h, lanes);
+  }
+
+  GruForward p_;
+  int64_t ld_;
+  Weights<S> gates_;      // r, z and, for reset-after, n
+  Weights<S> candidate_;  // n, for reset-before
+  T* h_[2];
+  T* rh_ = nullptr;  // [B, H]: r * h of this step
+  T* z_ = nullptr;
+};
+
+template <class S>
+class GruBackwardTask {
+  using T = Arithmetic<S>;
+  using M = Math<T>;
+  using V = Vec<T>;
+  static constexpr int L = kLanes<T>;
+
+ public:
+  Steps steps;
+
+  GruBackwardTask(const GruBackward& p, Arena& arena)
+      : steps(p.seq, arena),
+        p_(p),
+        ld_(ceil_div(p.hidden, L) * L),
+        depth_((p.reset_before ? 2 : 3) * p.hidden),
+        recurrent_(columns<S>(p.w_hh, p.hidden, depth_)),
+        candidate_(columns<S>(static_cast<const S*>(p.w_hh) + 2 * p.hidden * p.hidden, p.hidden,
+                              p.hidden)) {
+    recurrent_.reserve(arena, true, nullptr);
+    if (p.reset_before) {
+      candidate_.reserve(arena, true, nullptr);
+      da_n_ = arena.take<T>(p.seq.batch * ld_);
+    }
+    for (T*& d : dgates_) d = arena.take<T>(p.seq.batch * depth_);
+    direct_ = arena.take<T>(p.seq.batch * ld_);
+  }
+
+  Split split() const {
+    const int64_t weights = 3 * p_.hidden * p_.hidden;
+    return choose_split(p_.threads, p_.seq.steps, p_.seq.batch, weights,
+                        weights * int64_t(sizeof(T)));
+  }
+
+  void run(const Place& place) {
+    recurrent_.pack(place);
+    if (p_.reset_before) candidate_.pack(place);
+    place.meet_all();
+    int64_t next_rows = 0;
+    for (int64_t s = 0; s <= steps.count(); ++s) {
+      // See LstmBackwardTask::run.
+      const bool last = s == steps.count();
+      const int64_t t = last ? 0 : steps.backward_step(s);
+      const int64_t rows = last ? 0 : steps.rows(t);
+      const T* next = dgates_[s & 1];
+      T* own = dgates_[(s + 1) & 1];
+
+      for_each_output(recurrent_, place, clip(place.rows, 0, min64(rows, next_rows)), next, depth_,
+                      [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
+                        step(t, row, unit, lanes, load(sums) + load(direct_ + row * ld_ + unit),
+                             own);
+                      });
+      for_each_unit(recurrent_, place, clip(place.rows, next_rows, rows),
+                    [&](int64_t row, int64_t unit, int64_t lanes) {
+                      const S* grad = static_cast<const S*>(p_.grad_h_n);
+                      step(t, row, unit, lanes,
+                           grad ? load(grad + row * p_.hidden + unit, lanes) : V{}, own);
+                    });
+      for_each_output(recurrent_, place, clip(place.rows, rows, next_rows), next, depth_,
+                      [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
+                        store(static_cast<S*>(p_.dh0) + row * p_.hidden + unit,
+                              load(sums) + load(direct_ + row * ld_ + unit), lanes);
+                      });
+      if (p_.reset_before) {
+        place.meet_rows();
+        for_each_output(candidate_, place, clip(place.rows, 0, rows), da_n_, ld_,
+                        [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
+                          finish_reset_before(t, row, unit, lanes, load(sums), own);
+                        });
+      }
+      place.meet_rows();
+      next_rows = rows;
+    }
+  }
+
+ private:
+  struct Saved {
+    V r, z, n, hn;
+  };
+
+  RNNLM_INLINE Saved load_saved(int64_t index, int64_t unit, int64_t lanes) const {
+    const int64_t H = p_.hidden;
+    const S* in = static_cast<const S*>(p_.saved) + index * (p_.reset_before ? 3 : 4) * H + unit;
+    Saved y = {load(in, lanes), load(in + H, lanes), load(in + 2 * H, lanes),
+               p_.reset_before ? V{} : load(in + 3 * H, lanes)};
+    if (kSavesPreactivations<S>) {
+      y.r = M::sigmoid(y.r);
+      y.z = M::sigmoid(y.z);
+      y.n = M::tanh(y.n);
+    }
+    return y;
+  }
+
+  RNNLM_INLINE V h_prev(int64_t t, int64_t row, int64_t unit, int64_t lanes) const {
+    const int64_t before = steps.previous(t, row);
+    const S* from = before < 0 ? static_cast<const S*>(p_.h0) + row * p_.hidden
+                               : static_cast<const S*>(p_.output) + before * p_.hidden;
+    return load(from + unit, lanes);
+  }
+
+  RNNLM_INLINE void step(int64_t t, int64_t row, int64_t unit, int64_t lanes, V dh, T* own) {
+    const int64_t H = p_.hidden, index = steps.start(t) + row;
+    const Saved y = load_saved(index, unit, lanes);
+    const V h = h_prev(t, row, unit, lanes);
+    if (p_.grad_output)
+      dh = dh + load(static_cast<const S*>(p_.grad_output) + index * H + unit, lanes);
+    const GruUpdateGrad<V> d = gru_update_backward<M>(y.z, y.n, h, dh);
+    store(direct_ + row * ld_ + unit, d.h_direct);
+    S* out = static_cast<S*>(p_.dgates) + index * 3 * H + unit;
+    T* scratch = own + row * depth_ + unit;
+    store(out + H, d.a_z, lanes);
+    store(scratch + H, d.a_z, lanes);
+    store(out + 2 * H, d.a_n, lanes);
+    if (p_.reset_before) {
+      store(da_n_ + row * ld_ + unit, d.a_n);
+      return;
+    }
+    const GruAfterGrad<V> a = gru_reset_after_backward<M>(y.r, y.hn, d.a_n);
+    store(out, a.a_r, lanes);
+    store(scratch, a.a_r, lanes);
+    store(scratch + 2 * H, a.d_hn, lanes);
+    store(static_cast<S*>(p_.candidate) + index * H + unit, a.d_hn, lanes);
+  }
+
+  RNNLM_INLINE void finish_reset_before(int64_t t, int64_t row, int64_t unit, int64_t lanes,
+                                        V d_rh, T* own) {
+    const int64_t H = p_.hidden, index = steps.start(t) + row;
+    const V h = h_prev(t, row, unit, lanes);
+    V r = load(static_cast<const S*>(p_.saved) + index * 3 * H + unit, lanes);
+    if (kSavesPreactivations<S>) r = M::sigmoid(r);
+    const GruBeforeGrad<V> b = gru_reset_before_backward<M>(r, h, d_rh);
+    T* direct = direct_ + row * ld_ + unit;
+    store(direct, load(direct) + b.h_direct);
+    store(static_cast<S*>(p_.dgates) + index * 3 * H + unit, b.a_r, lanes);
+    store(own + row * depth_ + unit, b.a_r, lanes);
+    store(static_cast<S*>(p_.candidate) + index * H + unit, r * h, lanes);
+  }
+
+  GruBackward p_;
+  int64_t ld_, depth_;
+  Weights<S> recurrent_;  // r, z and, for reset-after, n
+  Weights<S> candidate_;  // n, for reset-before
+  T* dgates_[2];          // [B, depth]: gradients that the recurrent product is taken with
+  T* direct_;             // [B, H]: gradient of h that does not pass through recurrent_
+  T* da_n_ = nullptr;     // [B, H]: gradient of n's pre-activation, for reset-before
+};
+
+// --- entry points -------------------------------------------------------------------------------
+
+template <template <class> class Task, class Params>
+Result dispatch(const Params& p) {
+  switch (p.dtype) {
+    case DType::f64:
+      return run<Task<double>>(p);
+    case DType::bf16:
+      return run<Task<bf16>>(p);
+    case DType::f16:
+      return run<Task<f16>>(p);
+    case DType::f32:
+      break;
+  }
+  return run<Task<float>>(p);
+}
+
+template <class T>
+void elementwise(int function, int64_t n, const T* x, T* y) {
+  constexpr int L = kLanes<T>;
+  for (int64_t i = 0; i < n; i += L) {
+    const Vec<T> v = load(x + i, n - i);
+    store(y + i,
+          function == 0   ? exp<T>(v)
+          : function == 1 ? Math<T>::sigmoid(v)
+                          : Math<T>::tanh(v),
+          n - i);
+  }
+}
+
+}  // namespace
+
+Kernels kernels() {
+#define RNNLM_STRING(x) #x
+#define RNNLM_NAME(x) RNNLM_STRING(x)
+  return {RNNLM_NAME(RNNLM_ISA),
+          [](const LstmForward& p) { return dispatch<LstmForwardTask>(p); },
+          [](const LstmBackward& p) { return dispatch<LstmBackwardTask>(p); },
+          [](const GruForward& p) { return dispatch<GruForwardTask>(p); },
+          [](const GruBackward& p) { return dispatch<GruBackwardTask>(p); },
+          [](int function, DType dtype, int64_t n, const void* x, void* y) {
+            if (dtype == DType::f64)
+              elementwise(function, n, static_cast<const double*>(x), static_cast<double*>(y));
+            else
+              elementwise(function, n, static_cast<const float*>(x), static_cast<float*>(y));
+          }};
+}
+
+}  // namespace rnnlm::cpu::RNNLM_ISA

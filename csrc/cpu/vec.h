@@ -1,0 +1,332 @@
+// Vectors of floats for one instruction set, on top of the GCC/Clang vector extension: the compiler
+// turns the same source into AVX-512, AVX2, SSE2 or NEON. Included only by recurrence.cpp, which is
+// compiled once per instruction set; everything lives in that instruction set's own namespace, so
+// that no function compiled for a newer CPU can be picked for an older one by the linker.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace rnnlm::cpu::RNNLM_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+#define RNNLM_INLINE inline __attribute__((always_inline))
+
+template <class T>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t bits __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VecOf<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t bits __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+template <class T>
+using Bits = typename VecOf<T>::bits;
+template <class T>
+constexpr int kLanes = kVectorBytes / int(sizeof(T));
+
+// 16-bit storage types. Arithmetic on them is done in float.
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+template <class S>
+struct ArithmeticOf {
+  using type = S;
+};
+template <>
+struct ArithmeticOf<bf16> {
+  using type = float;
+};
+template <>
+struct ArithmeticOf<f16> {
+  using type = float;
+};
+template <class S>
+using Arithmetic = typename ArithmeticOf<S>::type;
+
+// --- fused multiply-add -------------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+RNNLM_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+RNNLM_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
+#elif defined(__AVX2__)
+RNNLM_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+RNNLM_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
+#elif defined(__aarch64__)
+RNNLM_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  for (int l = 0; l < kLanes<float>; ++l) c[l] = __builtin_fmaf(a[l], b[l], c[l]);
+  return c;
+}
+RNNLM_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  for (int l = 0; l < kLanes<double>; ++l) c[l] = __builtin_fma(a[l], b[l], c[l]);
+  return c;
+}
+#else  // no hardware fma: two roundings
+template <class V>
+RNNLM_INLINE V fma(V a, V b, V c) {
+  return a * b + c;
+}
+#endif
+
+template <class T>
+RNNLM_INLINE Vec<T> splat(T x) {
+  return Vec<T>{} + x;
+}
+
+template <class T>
+RNNLM_INLINE T sum(Vec<T> v) {
+  // Halves are added pairwise: a fixed order, whatever the compiler likes.
+  T part[kLanes<T>];
+  memcpy(part, &v, sizeof v);
+  for (int width = kLanes<T> / 2; width > 0; width /= 2)
+    for (int l = 0; l < width; ++l) part[l] += part[l + width];
+  return part[0];
+}
+
+// --- 16-bit conversions -------------------------------------------------------------------------
+
+typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));  // kLanes<float> halves
+typedef uint32_t Word __attribute__((vector_size(kVectorBytes)));
+
+RNNLM_INLINE Vec<float> widen(Half v, bf16) {
+  return (Vec<float>)(__builtin_convertvector(v, Word) << 16);
+}
+
+// Round to nearest even; a NaN stays a NaN (its payload could round to infinity).
+RNNLM_INLINE Half narrow(Vec<float> v, bf16) {
+  const Word bits = (Word)v;
+  const Word rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Word nan = (bits >> 16) | 0x40u;
+  return __builtin_convertvector((Word)(v != v) ? nan : rounded, Half);
+}
+
+#if defined(__AVX512F__)
+RNNLM_INLINE Vec<float> widen(Half v, f16) {
+  return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)v);
+}
+RNNLM_INLINE Half narrow(Vec<float> v, f16) {
+  return (Half)_mm512_maskz_cvtps_ph(0xffff, (__m512)v,
+                                     _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#elif defined(__AVX2__)
+RNNLM_INLINE Vec<float> widen(Half v, f16) {
+  return (Vec<float>)_mm256_cvtph_ps((__m128i)v);
+}
+RNNLM_INLINE Half narrow(Vec<float> v, f16) {
+  return (Half)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#else
+// Exact: a half is a float with its exponent rebased; the multiplication also renormalises.
+RNNLM_INLINE Vec<float> widen(Half v, f16) {
+  const Word h = __builtin_convertvector(v, Word);
+  const Word magnitude = h & 0x7fffu;
+  const Vec<float> scaled = (Vec<float>)(magnitude << 13) * 0x1p112f;
+  const Word special = (magnitude << 13) | 0x7f800000u;  // inf and NaN
+  const Word value = (Word)(magnitude >= 0x7c00u) ? special : (Word)scaled;
+  return (Vec<float>)(value | ((h & 0x8000u) << 16));
+}
+RNNLM_INLINE Half narrow(Vec<float> v, f16) {
+  const Word bits = (Word)v;
+  const Word sign = (bits >> 16) & 0x8000u;
+  const Word magnitude = bits & 0x7fffffffu;
+  // Normal results: rebase the exponent by subtraction, round to nearest even on 13 dropped bits.
+  const Word normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Subnormal results: adding 0.5 aligns the wanted bits at the bottom, with the FPU's rounding.
+  const Word tiny = (Word)((Vec<float>)magnitude + 0.5f) - 0x3f000000u;
+  Word value = (Word)(magnitude < 0x38800000u) ? tiny : normal;
+  value = (Word)(magnitude >= 0x477ff000u) ? (Word{} + 0x7c00u) : value;
+  value = (Word)(magnitude > 0x7f800000u) ? (Word{} + 0x7e00u) : value;
+  return __builtin_convertvector(value | sign, Half);
+}
+#endif
+
+// --- loads and stores, of the first n lanes; the others read as zero ----------------------------
+
+template <class T>
+RNNLM_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+RNNLM_INLINE void store(T* p, Vec<T> v) {
+  memcpy(p, &v, sizeof v);
+}
+template <class S>
+RNNLM_INLINE Vec<float> load16(const S* p) {
+  Half v;
+  memcpy(&v, p, sizeof v);
+  return widen(v, S{});
+}
+template <class S>
+RNNLM_INLINE void store16(S* p, Vec<float> v) {
+  const Half h = narrow(v, S{});
+  memcpy(p, &h, sizeof h);
+}
+RNNLM_INLINE Vec<float> load(const bf16* p) {
+  return load16(p);
+}
+RNNLM_INLINE Vec<float> load(const f16* p) {
+  return load16(p);
+}
+RNNLM_INLINE void store(bf16* p, Vec<float> v) {
+  store16(p, v);
+}
+RNNLM_INLINE void store(f16* p, Vec<float> v) {
+  store16(p, v);
+}
+
+template <class S>
+RNNLM_INLINE Vec<Arithmetic<S>> load(const S* p, int64_t n) {
+  if (__builtin_expect(n >= kLanes<Arithmetic<S>>, 1)) return load(p);
+  S part[kLanes<Arithmetic<S>>] = {};
+  for (int64_t l = 0; l < n; ++l) part[l] = p[l];
+  return load(part);
+}
+template <class S>
+RNNLM_INLINE void store(S* p, Vec<Arithmetic<S>> v, int64_t n) {
+  if (__builtin_expect(n >= kLanes<Arithmetic<S>>, 1)) return store(p, v);
+  S part[kLanes<Arithmetic<S>>];
+  store(part, v);
+  for (int64_t l = 0; l < n; ++l) p[l] = part[l];
+}
+
+template <class S>
+RNNLM_INLINE Arithmetic<S> to_arithmetic(S x) {
+  if constexpr (sizeof(S) == 2) {
+    S part[kLanes<float>] = {x};
+    return load(part)[0];
+  } else {
+    return x;
+  }
+}
+
+// --- exp, sigmoid, tanh -------------------------------------------------------------------------
+// x = n ln2 + r with |r| <= ln2/2; e^r - 1 by its Taylor series, whose first left-out term is below
+// a tenth of an ulp; 2^n by building the exponent, in two factors so that n may leave the range of
+// normal numbers. Measured errors: tests/test_cpu_math.py.
+
+template <class T>
+struct ExpConstants;
+template <>
+struct ExpConstants<float> {
+  static constexpr float log2e = 1.44269504088896341f;
+  static constexpr float ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;
+  static constexpr float magic = 0x1.8p23f;  // adding it rounds to an integer
+  static constexpr float overflow = 89.0f, underflow = -104.0f;
+  static constexpr int mantissa = 23, bias = 127, terms = 7;
+  static constexpr int32_t sign_bit = INT32_MIN;
+};
+template <>
+struct ExpConstants<double> {
+  static constexpr double log2e = 1.44269504088896340736;
+  static constexpr double ln2_hi = 6.93147180369123816490e-01, ln2_lo = 1.90821492927058770002e-10;
+  static constexpr double magic = 0x1.8p52;
+  static constexpr double overflow = 710.0, underflow = -746.0;
+  static constexpr int mantissa = 52, bias = 1023, terms = 13;
+  static constexpr int64_t sign_bit = INT64_MIN;
+};
+
+constexpr double inverse_factorial(int n) {
+  double value = 1;
+  for (int i = 2; i <= n; ++i) value /= i;
+  return value;
+}
+
+// sum_{k=first}^{last} r^(k-first) / k!, by Horner's rule.
+template <class T, int first, int last>
+RNNLM_INLINE Vec<T> taylor(Vec<T> r) {
+  if constexpr (first == last) {
+    return splat(T(inverse_factorial(first)));
+  } else {
+    return fma(taylor<T, first + 1, last>(r), r, splat(T(inverse_factorial(first))));
+  }
+}
+
+template <class T>
+struct Reduced {
+  Vec<T> q;  // e^r - 1
+  Bits<T> n;
+};
+
+template <class T>
+RNNLM_INLINE Reduced<T> reduce(Vec<T> x) {
+  using C = ExpConstants<T>;
+  const Vec<T> shifted = fma(x, splat(C::log2e), splat(C::magic));
+  const Vec<T> n = shifted - C::magic;
+  Vec<T> r = fma(n, splat(-C::ln2_hi), x);
+  r = fma(n, splat(-C::ln2_lo), r);
+  const Vec<T> q = fma(taylor<T, 2, C::terms>(r), r * r, r);
+  return {q, (Bits<T>)shifted - (Bits<T>)splat(C::magic)};
+}
+
+template <class T>
+RNNLM_INLINE Vec<T> power_of_two(Bits<T> n) {
+  return (Vec<T>)((n + ExpConstants<T>::bias) << ExpConstants<T>::mantissa);
+}
+
+template <class T>
+RNNLM_INLINE Vec<T> exp(Vec<T> x) {
+  using C = ExpConstants<T>;
+  // The comparisons are false for NaN, which then goes through the polynomial as itself.
+  x = x > C::overflow ? splat(C::overflow) : x;
+  x = x < C::underflow ? splat(C::underflow) : x;
+  const Reduced<T> e = reduce<T>(x);
+  const Bits<T> half = e.n >> 1;
+  return (e.q + T(1)) * power_of_two<T>(half) * power_of_two<T>(e.n - half);
+}
+
+// e^x - 1 for x <= 0, accurate relative to the result near 0.
+template <class T>
+RNNLM_INLINE Vec<T> expm1_nonpositive(Vec<T> x) {
+  x = x < T(-44) ? splat(T(-44)) : x;  // e^-44 is below half an ulp of 1 in float64
+  const Reduced<T> e = reduce<T>(x);
+  const Vec<T> scale = power_of_two<T>(e.n);
+  return fma(e.q, scale, scale - T(1));
+}
+
+template <class T>
+struct Math {
+  using V = Vec<T>;
+  static RNNLM_INLINE V fma(V a, V b, V c) { return RNNLM_ISA::fma(a, b, c); }
+  static RNNLM_INLINE V sigmoid(V x) { return T(1) / (RNNLM_ISA::exp<T>(-x) + T(1)); }
+  // tanh|x| = -m / (m + 2) with m = e^(-2|x|) - 1; the sign is put back bit by bit.
+  static RNNLM_INLINE V tanh(V x) {
+    const Bits<T> sign_mask = Bits<T>{} + ExpConstants<T>::sign_bit;
+    const V magnitude = (V)((Bits<T>)x & ~sign_mask);
+    const V m = expm1_nonpositive<T>(magnitude * T(-2));
+    const Bits<T> result = (Bits<T>)(m / (m + T(2)));
+    return (V)((result & ~sign_mask) | ((Bits<T>)x & sign_mask));
+  }
+};
+
+}  // namespace rnnlm::cpu::RNNLM_ISA

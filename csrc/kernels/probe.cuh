@@ -1,0 +1,27 @@
+// y = a*x + y: the smallest kernel that shows that the whole path works, from Python through a
+// pointer and a stream to the device and back. `rnnlm-kernels info` and the tests launch it; no
+// layer does.
+//
+// Who owns what: thread i of the grid owns elements i, i + gridDim*blockDim, ... and nothing is
+// exchanged. Reads x and y once, writes y once.
+#pragma once
+
+#include <cstdint>
+
+namespace rnnlm {
+
+struct ProbeTraits {
+  static constexpr int kThreads = 256;  // enough warps to hide a load, on every architecture
+  static constexpr int kMaxBlocks =
+      1024;  // beyond a few waves of any device a longer loop is as good
+};
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads)
+    probe_kernel(const float* x_ptr, float* y_ptr, std::int64_t n, float a) {
+  const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * Traits::kThreads;
+  std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * Traits::kThreads + threadIdx.x;
+  for (; i < n; i += stride) y_ptr[i] = a * x_ptr[i] + y_ptr[i];
+}
+
+}  // namespace rnnlm

@@ -1,0 +1,201 @@
+"""The C++ backend for CPUs: hands raw pointers of contiguous tensors to ``rnnlm_kernels._C``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..build import import_error, native
+from ..options import BUILT_OPTIONS, Plan, Problem, RecurrenceOptions
+
+# Forward keeps the activated gates (16-bit dtypes: their pre-activations) for backward.
+SAVES_GATES = True
+
+# Codes of DType in csrc/core/params.h.
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def available() -> tuple[bool, str]:
+    if native is None:
+        return False, f"the extension rnnlm_kernels._C is missing ({import_error})"
+    try:
+        info = native.cpu_info()
+    except ValueError as error:
+        return False, str(error)
+    return True, f"C++ kernels, {info['isa']}"
+
+
+def supports(problem: Problem) -> tuple[bool, str]:
+    missing = problem.options.unsupported(BUILT_OPTIONS)
+    if missing:
+        return False, f"options not built: {', '.join(missing)}"
+    if problem.device_type != "cpu":
+        return False, f"tensors are on {problem.device_type}"
+    if problem.dtype not in _DTYPES:
+        return False, f"no kernel for {problem.dtype}"
+    return True, "C++ kernels cover every size of this cell and dtype"
+
+
+def plan(problem: Problem) -> Plan:
+    info = native.cpu_info()
+    arithmetic = "float64" if problem.dtype == torch.float64 else "float32"
+    return Plan(
+        "cpu",
+        f"fused {problem.cell}, {arithmetic} arithmetic",
+        f"{info['isa']}, up to {torch.get_num_threads()} threads of {info['threads_from']}",
+        supports(problem)[1],
+    )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _sequence(
+    steps: Tensor, h0: Tensor, batch_sizes: Tensor | None, options: RecurrenceOptions
+) -> tuple[int, int, int, int, int, bool]:
+    """dtype, threads, T, B, batch_sizes, reverse: how every entry of ``_C`` begins.
+
+    The address is of ``batch_sizes`` itself: the operator made sure that it is contiguous int64.
+    """
+    length = steps.size(0) if batch_sizes is None else batch_sizes.size(0)
+    return (
+        _DTYPES[h0.dtype],
+        torch.get_num_threads(),
+        length,
+        h0.size(0),
+        _address(batch_sizes),
+        options.reverse,
+    )
+
+
+def lstm_forward(
+    gates_x: Tensor,
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    h0: Tensor,
+    c0: Tensor,
+    batch_sizes: Tensor | None,
+    options: RecurrenceOptions,
+    output: Tensor,
+    h_n: Tensor,
+    c_n: Tensor,
+    cells: Tensor,
+    saved: Tensor,
+) -> None:
+    """Fill output, h_n, c_n and, where they are not empty, cells and saved."""
+    native.cpu_lstm_forward(
+        *_sequence(gates_x, h0, batch_sizes, options),
+        c0.size(1),
+        0 if w_hr is None else w_hr.size(0),
+        gates_x.data_ptr(),
+        w_hh.data_ptr(),
+        _address(b_hh),
+        _address(w_hr),
+        h0.data_ptr(),
+        c0.data_ptr(),
+        output.data_ptr(),
+        h_n.data_ptr(),
+        c_n.data_ptr(),
+        cells.data_ptr(),
+        saved.data_ptr(),
+    )
+
+
+def lstm_backward(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    grad_cells: Tensor | None,
+    w_hh: Tensor,
+    w_hr: Tensor | None,
+    h0: Tensor,
+    c0: Tensor,
+    output: Tensor,
+    cells: Tensor,
+    saved: Tensor,
+    batch_sizes: Tensor | None,
+    options: RecurrenceOptions,
+    dgates: Tensor,
+    dh0: Tensor,
+    dc0: Tensor,
+    dproj: Tensor | None,
+    unprojected: Tensor | None,
+) -> None:
+    """Fill dgates, dh0, dc0 and, with a projection, dproj and unprojected."""
+    native.cpu_lstm_backward(
+        *_sequence(output, h0, batch_sizes, options),
+        c0.size(1),
+        0 if w_hr is None else w_hr.size(0),
+        _address(grad_output),
+        _address(grad_h_n),
+        _address(grad_c_n),
+        _address(grad_cells),
+        w_hh.data_ptr(),
+        _address(w_hr),
+        c0.data_ptr(),
+        cells.data_ptr(),
+        saved.data_ptr(),
+        dgates.data_ptr(),
+        dh0.data_ptr(),
+        dc0.data_ptr(),
+        _address(dproj),
+        _address(unprojected),
+    )
+
+
+def gru_forward(
+    gates_x: Tensor,
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    h0: Tensor,
+    batch_sizes: Tensor | None,
+    options: RecurrenceOptions,
+    output: Tensor,
+    h_n: Tensor,
+    saved: Tensor,
+) -> None:
+    """Fill output, h_n and, where it is not empty, saved."""
+    native.cpu_gru_forward(
+        *_sequence(gates_x, h0, batch_sizes, options),
+        h0.size(1),
+        options.reset == "before",
+        gates_x.data_ptr(),
+        w_hh.data_ptr(),
+        _address(b_hh),
+        h0.data_ptr(),
+        output.data_ptr(),
+        h_n.data_ptr(),
+        saved.data_ptr(),
+    )
+
+
+def gru_backward(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    w_hh: Tensor,
+    h0: Tensor,
+    output: Tensor,
+    saved: Tensor,
+    batch_sizes: Tensor | None,
+    options: RecurrenceOptions,
+    dgates: Tensor,
+    candidate: Tensor,
+    dh0: Tensor,
+) -> None:
+    """Fill dgates, dh0 and candidate (see csrc/core/params.h)."""
+    native.cpu_gru_backward(
+        *_sequence(output, h0, batch_sizes, options),
+        h0.size(1),
+        options.reset == "before",
+        _address(grad_output),
+        _address(grad_h_n),
+        w_hh.data_ptr(),
+        h0.data_ptr(),
+        output.data_ptr(),
+        saved.data_ptr(),
+        dgates.data_ptr(),
+        candidate.data_ptr(),
+        dh0.data_ptr(),
+    )
