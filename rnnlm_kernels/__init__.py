@@ -1,10 +1,10 @@
 """Fused LSTM and GRU layers for PyTorch: same numbers, same ``state_dict``, fewer microseconds.
 
-    >>> import torch, rnnlm_kernels
-    >>> layer = rnnlm_kernels.LSTM(8, 16)
-    >>> output, (h_n, c_n) = layer(torch.randn(5, 2, 8))
-    >>> output.shape
-    torch.Size([5, 2, 16])
+>>> import torch, rnnlm_kernels
+>>> layer = rnnlm_kernels.LSTM(8, 16)
+>>> output, (h_n, c_n) = layer(torch.randn(5, 2, 8))
+>>> output.shape
+torch.Size([5, 2, 16])
 """
 
 from . import ops

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
 from typing import Any
 
 from ._version import __version__
 
-native: ModuleType | None
+# Any: the module has no stub, and callers reach it only when available() said yes.
+native: Any
 import_error: str
 
 try:

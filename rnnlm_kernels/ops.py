@@ -16,12 +16,14 @@ Second derivatives: the backward operators are differentiable themselves, throug
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import dispatch, reference
 from .backends import BACKENDS
@@ -90,10 +92,14 @@ def lstm(
         >>> output.shape, cells
         (torch.Size([5, 2, 4]), None)
     """
-    save = torch.is_grad_enabled() and _any_requires_grad(
-        x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr
-    )
-    output, h_n, c_n, cells, _ = torch.ops.rnnlm_kernels.lstm.default(
+    if torch._C._are_functorch_transforms_active():
+        # torch.func differentiates and batches plain PyTorch, not autograd formulas of operators.
+        values = reference.lstm(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse)
+        return *values[:3], (values[3] if return_cells else None)
+    save = torch.is_grad_enabled() and _will_differentiate(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
+    run: Callable[..., tuple[Any, ...]]
+    run = _lstm if not save and _nobody_watches(x, w_ih) else torch.ops.rnnlm_kernels.lstm.default
+    output, h_n, c_n, cells, _ = run(
         x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse, save, return_cells, backend
     )
     return output, h_n, c_n, (cells.to(x.dtype) if return_cells else None)
@@ -127,26 +133,30 @@ def gru(
         >>> torch.equal(output[-1], h_n)
         True
     """
-    save = torch.is_grad_enabled() and _any_requires_grad(x, h0, w_ih, w_hh, b_ih, b_hh)
-    output, h_n, _ = torch.ops.rnnlm_kernels.gru.default(
-        x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse, save, backend
-    )
+    if torch._C._are_functorch_transforms_active():  # see lstm
+        return reference.gru(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse)
+    save = torch.is_grad_enabled() and _will_differentiate(x, h0, w_ih, w_hh, b_ih, b_hh)
+    run: Callable[..., tuple[Any, ...]]
+    run = _gru if not save and _nobody_watches(x, w_ih) else torch.ops.rnnlm_kernels.gru.default
+    output, h_n, _ = run(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse, save, backend)
     return output, h_n
 
 
-def _any_requires_grad(*tensors: Tensor | None) -> bool:
+def _will_differentiate(*tensors: Tensor | None) -> bool:
+    """Whether forward should save for backward. (If it does not, backward runs it again.)"""
     for tensor in tensors:
         if tensor is not None and tensor.requires_grad:
-            return True
+            # What is traced or exported is meant for inference.
+            return not (torch._C._get_tracing_state() is not None or torch.compiler.is_exporting())
     return False
 
 
 # --- checks -------------------------------------------------------------------------------------
 
 
-def _expect_shape(name: str, tensor: Tensor, *shape: int) -> None:
-    if tensor.shape != shape:
-        raise RuntimeError(f"{name} should have shape {list(shape)}, got {list(tensor.shape)}")
+def _expect_shape(name: str, shape: Sequence[int], expected: tuple[int, ...]) -> None:
+    if shape != expected:
+        raise RuntimeError(f"{name} should have shape {list(expected)}, got {list(shape)}")
 
 
 def _check(
@@ -165,55 +175,52 @@ def _check(
     dtype, device = x.dtype, x.device
     if not dtype.is_floating_point:
         raise ValueError(f"x should be a floating-point tensor, got {dtype}")
-    for name, tensor in (
-        ("h0", h0),
-        ("c0", c0),
-        ("w_ih", w_ih),
-        ("w_hh", w_hh),
-        ("b_ih", b_ih),
-        ("b_hh", b_hh),
-        ("w_hr", w_hr),
-    ):
-        if tensor is None:
-            continue
-        if tensor.dtype != dtype:
+    for tensor in (h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr):
+        if tensor is not None and (tensor.dtype != dtype or tensor.device != device):
+            names = {"h0": h0, "c0": c0, "w_ih": w_ih, "w_hh": w_hh}
+            names.update({"b_ih": b_ih, "b_hh": b_hh, "w_hr": w_hr})
+            name = next(n for n, t in names.items() if t is tensor)
+            if tensor.device != device:
+                raise RuntimeError(
+                    f"{name} should be on the device of x ({device}), got {tensor.device}"
+                )
             raise ValueError(f"{name} should have the dtype of x ({dtype}), got {tensor.dtype}")
-        if tensor.device != device:
-            raise RuntimeError(f"{name} should be on the device of x ({device}), got {tensor.device}")
+    # .shape once per tensor: .size(i) is five times slower, and a call may take 10 us in all.
+    x_shape, w_shape, h_shape = x.shape, w_hh.shape, h0.shape
     dims = 3 if batch_sizes is None else 2
-    if x.dim() != dims:
+    if len(x_shape) != dims:
         kind = "dense x [T, B, I]" if batch_sizes is None else "packed x [N, I]"
-        raise RuntimeError(f"{kind} should have {dims} dimensions, got {x.dim()}")
-    if w_hh.dim() != 2 or w_hh.size(0) % gates:
-        raise RuntimeError(f"w_hh should be [{gates}H, R], got {list(w_hh.shape)}")
-    hidden = w_hh.size(0) // gates
-    width = hidden
+        raise RuntimeError(f"{kind} should have {dims} dimensions, got {len(x_shape)}")
+    if len(w_shape) != 2 or w_shape[0] % gates:
+        raise RuntimeError(f"w_hh should be [{gates}H, R], got {list(w_shape)}")
+    rows, width = w_shape
+    hidden = rows // gates
     if w_hr is not None:
-        width = w_hh.size(1)
-        _expect_shape("w_hr", w_hr, width, hidden)
-    _expect_shape("w_hh", w_hh, gates * hidden, width)
-    _expect_shape("w_ih", w_ih, gates * hidden, x.size(-1))
+        _expect_shape("w_hr", w_hr.shape, (width, hidden))
+    elif width != hidden:
+        _expect_shape("w_hh", w_shape, (rows, hidden))
+    _expect_shape("w_ih", w_ih.shape, (rows, x_shape[-1]))
     if b_ih is not None:
-        _expect_shape("b_ih", b_ih, gates * hidden)
+        _expect_shape("b_ih", b_ih.shape, (rows,))
     if b_hh is not None:
-        _expect_shape("b_hh", b_hh, gates * hidden)
-    if h0.dim() != 2:
-        raise RuntimeError(f"h0 should be [B, {width}], got {list(h0.shape)}")
-    batch = h0.size(0) if batch_sizes is not None else x.size(1)
-    _expect_shape("h0", h0, batch, width)
+        _expect_shape("b_hh", b_hh.shape, (rows,))
+    if len(h_shape) != 2:
+        raise RuntimeError(f"h0 should be [B, {width}], got {list(h_shape)}")
+    batch = x_shape[1] if batch_sizes is None else h_shape[0]
+    _expect_shape("h0", h_shape, (batch, width))
     if c0 is not None:
-        _expect_shape("c0", c0, batch, hidden)
+        _expect_shape("c0", c0.shape, (batch, hidden))
     if batch_sizes is None:
-        if x.size(0) == 0:
+        if x_shape[0] == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    else:
-        if batch_sizes.device.type != "cpu" or batch_sizes.dtype != torch.int64:
-            raise RuntimeError(
-                "batch_sizes should be an int64 tensor on the CPU, got "
-                f"{batch_sizes.dtype} on {batch_sizes.device}"
-            )
-        if batch_sizes.dim() != 1 or batch_sizes.size(0) == 0:
-            raise RuntimeError(f"batch_sizes should be [T] with T > 0, got {list(batch_sizes.shape)}")
+        return
+    if batch_sizes.device.type != "cpu" or batch_sizes.dtype != torch.int64:
+        raise RuntimeError(
+            "batch_sizes should be an int64 tensor on the CPU, got "
+            f"{batch_sizes.dtype} on {batch_sizes.device}"
+        )
+    if batch_sizes.dim() != 1 or batch_sizes.size(0) == 0:
+        raise RuntimeError(f"batch_sizes should be [T] with T > 0, got {list(batch_sizes.shape)}")
 
 
 def _check_batch_sizes(x: Tensor, h0: Tensor, batch_sizes: Tensor) -> None:
@@ -222,9 +229,7 @@ def _check_batch_sizes(x: Tensor, h0: Tensor, batch_sizes: Tensor) -> None:
     if smallest < 1 or bool((batch_sizes[1:] > batch_sizes[:-1]).any()):
         raise RuntimeError("batch_sizes should be positive and never increase from step to step")
     if largest != h0.size(0):
-        raise RuntimeError(
-            f"h0 should have batch_sizes[0] = {largest} rows, got {h0.size(0)}"
-        )
+        raise RuntimeError(f"h0 should have batch_sizes[0] = {largest} rows, got {h0.size(0)}")
     if total != x.size(0):
         raise RuntimeError(f"x should have sum(batch_sizes) = {total} rows, got {x.size(0)}")
 
@@ -233,60 +238,117 @@ def _check_batch_sizes(x: Tensor, h0: Tensor, batch_sizes: Tensor) -> None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _backend_for(
+def _choose(
     cell: str,
     input_size: int,
-    hidden_size: int,
-    proj_size: int,
+    gate_rows: int,
+    h_width: int,
     dtype: torch.dtype,
     device_type: str,
     save: bool,
-    options: RecurrenceOptions,
-    backend: str,
-    source: str,
-) -> ModuleType:
-    """The backend module of a layer. It may not depend on T or B: those can be symbolic."""
+    reset: str,
+    reverse: bool,
+    packed: bool,
+    return_cells: bool,
+    proj: bool,
+    backend: str | None,
+    environment: str | None,
+) -> tuple[ModuleType, RecurrenceOptions]:
+    """The backend of a layer. It may not depend on T or B: under torch.compile those are symbols.
+
+    ``environment`` is the value of RNNLM_BACKEND, for :func:`dispatch.plan` reads it too.
+    """
+    del environment
+    options = RecurrenceOptions(reset, reverse, packed, return_cells)
     problem = Problem(
         cell=cell,
         input_size=input_size,
-        hidden_size=hidden_size,
-        proj_size=proj_size,
+        hidden_size=gate_rows // (4 if cell == "lstm" else 3),
+        proj_size=h_width if proj else 0,
         dtype=dtype,
         device=device_type,
         training=save,
         options=options,
     )
-    chosen = dispatch.plan(problem, None if source != "backend=" else backend)
-    return BACKENDS[chosen.backend]
+    return BACKENDS[dispatch.plan(problem, backend).backend], options
 
 
-@functools.lru_cache(maxsize=64)
-def _options(reset: str, reverse: bool, packed: bool, return_cells: bool) -> RecurrenceOptions:
-    return RecurrenceOptions(reset, reverse, packed, return_cells)
-
-
-def _choose(
-    cell: str,
+def _plan_lstm(
     x: Tensor,
     w_ih: Tensor,
     w_hh: Tensor,
     w_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: bool,
     save: bool,
-    options: RecurrenceOptions,
+    return_cells: bool,
     backend: str | None,
-) -> ModuleType:
-    gates = 4 if cell == "lstm" else 3
-    return _backend_for(
-        cell,
-        int(w_ih.size(1)),
-        int(w_hh.size(0)) // gates,
-        0 if w_hr is None else int(w_hr.size(0)),
+) -> tuple[ModuleType, RecurrenceOptions]:
+    return _choose(
+        "lstm",
+        int(w_ih.shape[1]),
+        int(w_hh.shape[0]),
+        int(w_hh.shape[1]),
         x.dtype,
         x.device.type,
         save,
-        options,
-        *dispatch.requested(backend),
+        "after",
+        reverse,
+        batch_sizes is not None,
+        return_cells,
+        w_hr is not None,
+        backend,
+        os.environ.get(dispatch.ENVIRONMENT),
     )
+
+
+def _plan_gru(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    batch_sizes: Tensor | None,
+    reset: str,
+    reverse: bool,
+    save: bool,
+    backend: str | None,
+) -> tuple[ModuleType, RecurrenceOptions]:
+    return _choose(
+        "gru",
+        int(w_ih.shape[1]),
+        int(w_hh.shape[0]),
+        int(w_hh.shape[1]),
+        x.dtype,
+        x.device.type,
+        save,
+        reset,
+        reverse,
+        batch_sizes is not None,
+        False,
+        False,
+        backend,
+        os.environ.get(dispatch.ENVIRONMENT),
+    )
+
+
+def _nobody_watches(x: Tensor, w_ih: Tensor) -> bool:
+    """Whether an eager call without gradients may skip PyTorch's dispatcher.
+
+    It costs about 9 us of a call whose kernel may take 2. Skipping is right when nothing could
+    intercept the call: no compiler, tracer, profiler, dispatch mode, tensor subclass or
+    forward-mode AD. (The callers have ruled out functional transforms.)
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in _PLAIN
+        and type(w_ih) in _PLAIN
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+        and forward_ad._current_level < 0
+        and not torch._C._autograd._profiler_enabled()
+    )
+
+
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
 # --- LSTM ---------------------------------------------------------------------------------------
@@ -299,18 +361,16 @@ def _lstm_outputs(
     save: bool,
     return_cells: bool,
     module: ModuleType,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised output, h_n, c_n, cells, saved; the last two are empty when not wanted."""
-    steps = x.shape[:-1]
-    hidden = c0.size(1)
-    keep_cells = save or return_cells
-    return (
-        x.new_empty((*steps, h0.size(1))),
-        x.new_empty(h0.shape),
-        x.new_empty(c0.shape),
-        x.new_empty((*steps, hidden) if keep_cells else (0,), dtype=state_dtype(x.dtype)),
-        x.new_empty((*steps, 4 * hidden) if save and module.SAVES_GATES else (0,)),
-    )
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Uninitialised output, h_n, c_n, cells, saved; the last two are None when not wanted."""
+    steps, hidden = x.shape[:-1], c0.shape[1]
+    cells = saved = None
+    if save or return_cells:
+        cells = x.new_empty((*steps, hidden), dtype=state_dtype(x.dtype))
+    if save and module.SAVES_GATES:
+        saved = x.new_empty((*steps, 4 * hidden))
+    output = x.new_empty((*steps, h0.shape[1]))
+    return output, _empty_like(h0), _empty_like(c0), cells, saved
 
 
 def _lstm(
@@ -327,21 +387,22 @@ def _lstm(
     save: bool,
     return_cells: bool,
     backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     _check(4, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes)
     if batch_sizes is not None:
         _check_batch_sizes(x, h0, batch_sizes)
-    options = _options("after", reverse, batch_sizes is not None, return_cells)
-    module = _choose("lstm", x, w_ih, w_hh, w_hr, save, options, backend)
+    module, options = _plan_lstm(
+        x, w_ih, w_hh, w_hr, batch_sizes, reverse, save, return_cells, backend
+    )
     outputs = _lstm_outputs(x, h0, c0, save, return_cells, module)
     if module is BACKENDS["reference"]:
         values = reference.lstm(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse)
         for out, value in zip(outputs, values, strict=False):
-            if out.shape == value.shape:
+            if out is not None:
                 out.copy_(value)
     elif outputs[1].numel() or outputs[2].numel():
         module.lstm_forward(
-            _project(x, w_ih, b_ih),
+            *_input_gates(module, x, w_ih, b_ih),
             *_contiguous(w_hh, b_hh, w_hr, h0, c0, batch_sizes),
             options,
             *outputs,
@@ -363,10 +424,9 @@ def _lstm_fake(
     save: bool,
     return_cells: bool,
     backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     _check(4, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes)
-    options = _options("after", reverse, batch_sizes is not None, return_cells)
-    module = _choose("lstm", x, w_ih, w_hh, w_hr, save, options, backend)
+    module, _ = _plan_lstm(x, w_ih, w_hh, w_hr, batch_sizes, reverse, save, return_cells, backend)
     return _lstm_outputs(x, h0, c0, save, return_cells, module)
 
 
@@ -392,8 +452,9 @@ def _lstm_backward(
     backend: str | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    options = _options("after", reverse, batch_sizes is not None, return_cells)
-    module = _choose("lstm", x, w_ih, w_hh, w_hr, True, options, backend)
+    module, options = _plan_lstm(
+        x, w_ih, w_hh, w_hr, batch_sizes, reverse, True, return_cells, backend
+    )
     inputs = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
     if module is BACKENDS["reference"]:
         return _empty_for_none(
@@ -407,15 +468,14 @@ def _lstm_backward(
         )
     if x.size(0) and not saved.numel():
         # Forward ran without saving (traced or called without grad): run it again.
-        output, _, _, cells, saved = _lstm(
-            *inputs, batch_sizes, reverse, True, return_cells, backend
-        )
+        again: Any = _lstm(*inputs, batch_sizes, reverse, True, return_cells, backend)
+        output, _, _, cells, saved = again
     hidden, steps = c0.size(1), x.shape[:-1]
     dgates = x.new_empty((*steps, 4 * hidden))
-    dh0, dc0 = torch.empty_like(h0), torch.empty_like(c0)
+    dh0, dc0 = _empty_like(h0), _empty_like(c0)
     # With a projection: the gradient of each step's projected h, and h before the projection.
-    dproj = None if w_hr is None else torch.empty_like(output)
-    unprojected = None if w_hr is None else x.new_empty((*steps, hidden))
+    dproj: Any = None if w_hr is None else torch.empty_like(output)
+    unprojected: Any = None if w_hr is None else x.new_empty((*steps, hidden))
     if h0.size(0):
         module.lstm_backward(
             *_contiguous(grad_output, grad_h_n, grad_c_n, grad_cells, w_hh, w_hr, h0, c0),
@@ -429,7 +489,7 @@ def _lstm_backward(
         )
     dgates2d = dgates.flatten(0, -2)
     need_x, need_h0, need_c0, need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr = needs
-    db = dgates2d.sum(0) if need_b_ih or need_b_hh else None
+    db: Any = dgates2d.sum(0) if need_b_ih or need_b_hh else None
     return _empty_for_none(
         x,
         (
@@ -437,9 +497,7 @@ def _lstm_backward(
             dh0 if need_h0 else None,
             dc0 if need_c0 else None,
             dgates2d.t() @ x.flatten(0, -2) if need_w_ih else None,
-            _recurrent_weight_grad(dgates, output, h0, batch_sizes, reverse)
-            if need_w_hh
-            else None,
+            _recurrent_weight_grad(dgates, output, h0, batch_sizes, reverse) if need_w_hh else None,
             db if need_b_ih else None,
             (db.clone() if need_b_ih else db) if need_b_hh else None,
             dproj.flatten(0, -2).t() @ unprojected.flatten(0, -2) if need_w_hr else None,
@@ -452,15 +510,13 @@ def _lstm_backward(
 
 def _gru_outputs(
     x: Tensor, h0: Tensor, save: bool, reset: str, module: ModuleType
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Uninitialised output, h_n, saved (r, z, n and, for reset-after, W_hn h + b_hn)."""
-    steps, hidden = x.shape[:-1], h0.size(1)
-    width = (4 if reset == "after" else 3) * hidden
-    return (
-        x.new_empty((*steps, hidden)),
-        x.new_empty(h0.shape),
-        x.new_empty((*steps, width) if save and module.SAVES_GATES else (0,)),
-    )
+    steps, hidden = x.shape[:-1], h0.shape[1]
+    saved = None
+    if save and module.SAVES_GATES:
+        saved = x.new_empty((*steps, (4 if reset == "after" else 3) * hidden))
+    return x.new_empty((*steps, hidden)), _empty_like(h0), saved
 
 
 def _gru(
@@ -475,20 +531,19 @@ def _gru(
     reverse: bool,
     save: bool,
     backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     _check(3, x, h0, None, w_ih, w_hh, b_ih, b_hh, None, batch_sizes)
     if batch_sizes is not None:
         _check_batch_sizes(x, h0, batch_sizes)
-    options = _options(reset, reverse, batch_sizes is not None, False)
-    module = _choose("gru", x, w_ih, w_hh, None, save, options, backend)
+    module, options = _plan_gru(x, w_ih, w_hh, batch_sizes, reset, reverse, save, backend)
     outputs = _gru_outputs(x, h0, save, reset, module)
     if module is BACKENDS["reference"]:
         values = reference.gru(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse)
-        for out, value in zip(outputs, values, strict=False):
-            out.copy_(value)
+        outputs[0].copy_(values[0])
+        outputs[1].copy_(values[1])
     elif outputs[1].numel():
         module.gru_forward(
-            _project(x, w_ih, b_ih),
+            *_input_gates(module, x, w_ih, b_ih),
             *_contiguous(w_hh, b_hh, h0, batch_sizes),
             options,
             *outputs,
@@ -508,10 +563,9 @@ def _gru_fake(
     reverse: bool,
     save: bool,
     backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     _check(3, x, h0, None, w_ih, w_hh, b_ih, b_hh, None, batch_sizes)
-    options = _options(reset, reverse, batch_sizes is not None, False)
-    module = _choose("gru", x, w_ih, w_hh, None, save, options, backend)
+    module, _ = _plan_gru(x, w_ih, w_hh, batch_sizes, reset, reverse, save, backend)
     return _gru_outputs(x, h0, save, reset, module)
 
 
@@ -532,22 +586,24 @@ def _gru_backward(
     backend: str | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    options = _options(reset, reverse, batch_sizes is not None, False)
-    module = _choose("gru", x, w_ih, w_hh, None, True, options, backend)
+    module, options = _plan_gru(x, w_ih, w_hh, batch_sizes, reset, reverse, True, backend)
     inputs = (x, h0, w_ih, w_hh, b_ih, b_hh)
     if module is BACKENDS["reference"]:
         layer = functools.partial(
             reference.gru, batch_sizes=batch_sizes, reset=reset, reverse=reverse
         )
-        return _empty_for_none(x, _reference_backward(layer, inputs, (grad_output, grad_h_n), needs))
+        return _empty_for_none(
+            x, _reference_backward(layer, inputs, (grad_output, grad_h_n), needs)
+        )
     if x.size(0) and not saved.numel():
         # Forward ran without saving (traced or called without grad): run it again.
-        output, _, saved = _gru(*inputs, batch_sizes, reset, reverse, True, backend)
+        again: Any = _gru(*inputs, batch_sizes, reset, reverse, True, backend)
+        output, _, saved = again
     hidden = h0.size(1)
     dgates = x.new_empty((*x.shape[:-1], 3 * hidden))
     # reset-after: gradient of W_hn h + b_hn; reset-before: r * h, what W_hn was applied to.
     candidate = torch.empty_like(output)
-    dh0 = torch.empty_like(h0)
+    dh0 = _empty_like(h0)
     if h0.size(0):
         module.gru_backward(
             *_contiguous(grad_output, grad_h_n, w_hh, h0, output, saved, batch_sizes),
@@ -558,14 +614,14 @@ def _gru_backward(
         )
     dgates2d, candidate2d = dgates.flatten(0, -2), candidate.flatten(0, -2)
     need_x, need_h0, need_w_ih, need_w_hh, need_b_ih, need_b_hh = needs
-    db_ih = dgates2d.sum(0) if need_b_ih or need_b_hh else None
+    db_ih: Any = dgates2d.sum(0) if need_b_ih or need_b_hh else None
     db_hh = dw_hh = None
     if need_b_hh:
         db_hh = db_ih.clone()
         if reset == "after":
             db_hh[2 * hidden :] = candidate2d.sum(0)
     if need_w_hh:
-        dw_hh = torch.empty_like(w_hh)
+        dw_hh = _empty_like(w_hh)
         dw_hh[: 2 * hidden] = _recurrent_weight_grad(
             dgates[..., : 2 * hidden], output, h0, batch_sizes, reverse
         )
@@ -590,14 +646,27 @@ def _gru_backward(
 # --- what both share ----------------------------------------------------------------------------
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+def _empty_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Any]:
     """Kernels take the address of the first element and assume the rest follows."""
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def _project(x: Tensor, w_ih: Tensor, b_ih: Tensor | None) -> Tensor:
-    """The input part of the gates of every step at once, contiguous, ``[*, G*H]``."""
-    return torch.nn.functional.linear(x, w_ih, b_ih).contiguous()
+def _input_gates(
+    module: ModuleType, x: Tensor, w_ih: Tensor, b_ih: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """x, w_ih, b_ih and the projection ``x W_ih^T + b_ih`` of all steps at once, ``[*, G*H]``.
+
+    The projection is None where the backend takes so few rows upon itself.
+    """
+    features = x.shape[-1]
+    if features and x.numel() <= module.PROJECTS_ROWS * features:
+        x, w_ih, b_ih = _contiguous(x, w_ih, b_ih)
+        return x, w_ih, b_ih, None
+    return x, w_ih, b_ih, torch.nn.functional.linear(x, w_ih, b_ih).contiguous()
 
 
 def _recurrent_weight_grad(
@@ -639,7 +708,7 @@ def _empty_for_none(x: Tensor, grads: Sequence[Tensor | None]) -> tuple[Tensor, 
 
 
 def _reference_backward(
-    layer: Callable[..., tuple[Tensor, ...]],
+    layer: Callable[..., tuple[Any, ...]],
     inputs: Sequence[Tensor | None],
     grads: Sequence[Tensor | None],
     needs: Sequence[bool],
@@ -657,7 +726,7 @@ def _reference_backward(
         outputs = layer(*arguments)
         return tuple(o for o, g in zip(outputs, grads, strict=True) if g is not None)
 
-    outputs, vjp = torch.func.vjp(wanted_to_graded, *(inputs[i] for i in positions))
+    outputs, vjp, *_ = torch.func.vjp(wanted_to_graded, *(inputs[i] for i in positions))
     given = [g for g in grads if g is not None]
     found = vjp(tuple(g.to(o.dtype) for g, o in zip(given, outputs, strict=True)))
     result: list[Tensor | None] = [None] * len(inputs)
@@ -667,7 +736,7 @@ def _reference_backward(
 
 
 def _second_derivative(
-    layer: Callable[..., tuple[Tensor, ...]],
+    layer: Callable[..., tuple[Any, ...]],
     inputs: Sequence[Tensor | None],
     grads: Sequence[Tensor | None],
     needs: Sequence[bool],
@@ -681,7 +750,7 @@ def _second_derivative(
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Aliases cut the graph: one input may depend on another further up.
-        def alias(tensor: Tensor | None) -> Tensor | None:
+        def alias(tensor: Tensor | None) -> Any:
             if tensor is None:
                 return None
             if create_graph and tensor.requires_grad:
@@ -691,9 +760,7 @@ def _second_derivative(
         inputs = [alias(t) for t in inputs]
         grads = [alias(t) for t in grads]
         outputs = layer(*inputs)
-        graded = [
-            (o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if g is not None
-        ]
+        graded = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if g is not None]
         asked = [
             (t, gg)
             for t, gg, need in zip(inputs, grad_grads, needs, strict=True)
@@ -714,6 +781,7 @@ def _second_derivative(
             if value is not None and value.requires_grad
         ]
         wanted = [t for t in (*grads, *inputs) if t is not None]
+        found: Iterator[Tensor | None] = iter(())
         if pairs:
             found = iter(
                 torch.autograd.grad(
@@ -724,16 +792,14 @@ def _second_derivative(
                     allow_unused=True,
                 )
             )
-        else:
-            found = iter([None] * len(wanted))
-        result = [None if t is None else next(found) for t in (*grads, *inputs)]
+        result = [None if t is None else next(found, None) for t in (*grads, *inputs)]
     return result[: len(grads)], result[len(grads) :]
 
 
 # --- registration -------------------------------------------------------------------------------
 
 
-def _backward_fake(num_grads: int, num_inputs: int) -> Callable[..., tuple[Tensor, ...]]:
+def _backward_fake(num_grads: int, num_inputs: int) -> Callable[..., tuple[Any, ...]]:
     """Shapes of a backward operator's results: those of the layer's inputs."""
 
     def fake(*args: Any) -> tuple[Tensor, ...]:
@@ -753,10 +819,10 @@ def _register(
     arguments: str,
     flags: str,
     outputs: int,
-    forward: Callable[..., tuple[Tensor, ...]],
-    fake: Callable[..., tuple[Tensor, ...]],
-    backward: Callable[..., tuple[Tensor, ...]],
-    layer: Callable[..., tuple[Tensor, ...]],
+    forward: Callable[..., tuple[Any, ...]],
+    fake: Callable[..., tuple[Any, ...]],
+    backward: Callable[..., tuple[Any, ...]],
+    layer: Callable[..., tuple[Any, ...]],
     grad_names: tuple[str, ...],
     saved_names: tuple[str, ...],
     flag_names: tuple[str, ...],
@@ -779,10 +845,19 @@ def _register(
         f" -> ({results})",
         tags=tags,
     )
-    _library.impl(name, forward, "CompositeExplicitAutograd")
+
+    def with_empties(function: Callable[..., Sequence[Tensor | None]]) -> Callable[..., Any]:
+        # An operator returns tensors only: an empty one stands for what was not wanted.
+        def operator(*args: Any) -> tuple[Tensor, ...]:
+            results: Any = function(*args)
+            return tuple(results[0].new_empty((0,)) if r is None else r for r in results)
+
+        return operator
+
+    _library.impl(name, with_empties(forward), "CompositeExplicitAutograd")
     _library.impl(f"{name}_backward", backward, "CompositeExplicitAutograd")
     qualified = f"{_NAMESPACE}::{name}"
-    torch.library.register_fake(qualified, fake, lib=_library)
+    torch.library.register_fake(qualified, with_empties(fake), lib=_library)
     torch.library.register_fake(
         f"{qualified}_backward", _backward_fake(num_grads, num_inputs), lib=_library
     )
@@ -814,7 +889,9 @@ def _register(
     def setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[: num_grads + num_tensors])
-        ctx.flags = dict(zip(flag_names, inputs[num_grads + num_tensors + num_saved : -1], strict=True))
+        ctx.flags = dict(
+            zip(flag_names, inputs[num_grads + num_tensors + num_saved : -1], strict=True)
+        )
         ctx.needs = inputs[-1]
 
     def autograd_double_backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Any, ...]:

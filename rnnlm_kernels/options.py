@@ -1,4 +1,4 @@
-"""What is asked of a backend (`Problem`, `RecurrenceOptions`) and what dispatch answers (`Plan`)."""
+"""What is asked of a backend (`Problem`, `RecurrenceOptions`), what dispatch answers (`Plan`)."""
 
 from __future__ import annotations
 

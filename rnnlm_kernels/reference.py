@@ -10,6 +10,7 @@ Gate order is PyTorch's: LSTM ``i, f, g, o``; GRU ``r, z, n``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,8 @@ def lstm_cell(
         The new ``h [B, R]`` and ``c [B, H]``.
 
     Example:
-        >>> h, c = lstm_cell(torch.zeros(1, 4), torch.zeros(1, 1), torch.ones(1, 1), torch.ones(4, 1))
+        >>> h, c = torch.zeros(1, 1), torch.ones(1, 1)
+        >>> h, c = lstm_cell(torch.zeros(1, 4), h, c, w_hh=torch.ones(4, 1))
         >>> c
         tensor([[0.5000]])
     """
@@ -130,7 +132,7 @@ def _join(trace: list[State], index: int, packed: bool) -> Tensor:
     return torch.cat(steps) if packed else torch.stack(steps)
 
 
-def _to(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+def _to(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
     return [None if t is None else t.to(dtype) for t in tensors]
 
 
@@ -161,12 +163,11 @@ def lstm(
     """
     dtype = x.dtype
     gates_x = F.linear(x, w_ih, b_ih)
-    gates_x, h0, c0, w_hh, b_hh, w_hr = _to(
-        state_dtype(dtype), gates_x, h0, c0, w_hh, b_hh, w_hr
-    )
+    gates_x, h0, c0, w_hh, b_hh, w_hr = _to(state_dtype(dtype), gates_x, h0, c0, w_hh, b_hh, w_hr)
 
     def step(gates: Tensor, state: State) -> State:
-        return lstm_cell(gates, *state, w_hh, b_hh, w_hr)
+        h, c = state
+        return lstm_cell(gates, h, c, w_hh, b_hh, w_hr)
 
     trace, (h_n, c_n) = _scan(step, gates_x, (h0, c0), batch_sizes, reverse)
     packed = batch_sizes is not None

@@ -21,23 +21,33 @@ struct Sequence {
   bool reverse;                // run from the last step to step 0
 };
 
+// The input projection, for the kernel to compute itself: of a few rows a GEMM call costs more than
+// the product. All null where gates_x is given.
+struct Projection {
+  int64_t input;     // I
+  const void* x;     // T [N, I]
+  const void* w_ih;  // T [G*H, I]
+  const void* b_ih;  // T [G*H] or null
+};
+
 // "T" in the comments below is the tensor dtype, "A" its arithmetic dtype (float32 for 16 bits).
 struct LstmForward {
   DType dtype;
   int threads;
   Sequence seq;
-  int64_t hidden, proj;  // proj = 0: no projection
-  const void* gates_x;   // T [N, 4H]
-  const void* w_hh;      // T [4H, R]
-  const void* b_hh;      // T [4H] or null
-  const void* w_hr;      // T [R, H], null without projection
-  const void* h0;        // T [B, R]
-  const void* c0;        // T [B, H]
-  void* output;          // T [N, R]
-  void* h_n;             // T [B, R]
-  void* c_n;             // T [B, H]
-  void* cells;           // A [N, H], or null: not wanted
-  void* saved;           // T [N, 4H], or null: no backward will follow
+  int64_t hidden, proj;   // proj = 0: no projection
+  Projection projection;  // used where gates_x is null
+  const void* gates_x;    // T [N, 4H], x W_ih^T + b_ih
+  const void* w_hh;       // T [4H, R]
+  const void* b_hh;       // T [4H] or null
+  const void* w_hr;       // T [R, H], null without projection
+  const void* h0;         // T [B, R]
+  const void* c0;         // T [B, H]
+  void* output;           // T [N, R]
+  void* h_n;              // T [B, R]
+  void* c_n;              // T [B, H]
+  void* cells;            // A [N, H], or null: not wanted
+  void* saved;            // T [N, 4H], or null: no backward will follow
 };
 
 struct LstmBackward {
@@ -67,13 +77,14 @@ struct GruForward {
   Sequence seq;
   int64_t hidden;
   bool reset_before;
-  const void* gates_x;  // T [N, 3H]
-  const void* w_hh;     // T [3H, H]
-  const void* b_hh;     // T [3H] or null
-  const void* h0;       // T [B, H]
-  void* output;         // T [N, H]
-  void* h_n;            // T [B, H]
-  void* saved;          // T [N, 4H] (reset after) or [N, 3H] (reset before), or null
+  Projection projection;  // used where gates_x is null
+  const void* gates_x;    // T [N, 3H], x W_ih^T + b_ih
+  const void* w_hh;       // T [3H, H]
+  const void* b_hh;       // T [3H] or null
+  const void* h0;         // T [B, H]
+  void* output;           // T [N, H]
+  void* h_n;              // T [B, H]
+  void* saved;            // T [N, 4H] (reset after) or [N, 3H] (reset before), or null
 };
 
 struct GruBackward {

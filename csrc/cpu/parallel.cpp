@@ -44,7 +44,8 @@ void bind(OpenMP& omp, const char* path) {
   if (!handle) return;
   OpenMP found;
   found.parallel = reinterpret_cast<decltype(found.parallel)>(dlsym(handle, "GOMP_parallel"));
-  found.thread_num = reinterpret_cast<decltype(found.thread_num)>(dlsym(handle, "omp_get_thread_num"));
+  found.thread_num =
+      reinterpret_cast<decltype(found.thread_num)>(dlsym(handle, "omp_get_thread_num"));
   found.num_threads =
       reinterpret_cast<decltype(found.num_threads)>(dlsym(handle, "omp_get_num_threads"));
   const std::string full = path;
@@ -132,7 +133,9 @@ void parallel(int threads, Body body, void* context) {
   }
 }
 
-const char* parallel_runtime() { return openmp().name.c_str(); }
+const char* parallel_runtime() {
+  return openmp().name.c_str();
+}
 
 void Barrier::wait(int participants) {
   if (participants <= 1) return;

@@ -88,14 +88,15 @@ struct Split {
   int threads() const { return row_groups * unit_groups; }
 };
 
-constexpr int64_t kThreadWork = 100'000;      // multiply-adds that make one more thread worth waking
-constexpr int64_t kStepWork = 20'000;         // multiply-adds a step that make a barrier worth it
+constexpr int64_t kThreadWork = 100'000;  // multiply-adds that make one more thread worth waking
+constexpr int64_t kStepWork = 20'000;     // multiply-adds a step that make a barrier worth it
 constexpr int64_t kCachedWeights = 1'000'000;  // bytes of weights that a core keeps at hand
 
-// `weights`: multiply-adds per row and step; `weight_bytes`: what a thread streams through a step.
-Split choose_split(int threads, int64_t steps, int64_t batch, int64_t weights,
-                   int64_t weight_bytes) {
-  const int64_t work = steps * batch * weights;
+// `weights`: multiply-adds per row and step; `weight_bytes`: what a thread streams through a step;
+// `other_work`: multiply-adds outside the steps.
+Split choose_split(int threads, int64_t steps, int64_t batch, int64_t weights, int64_t weight_bytes,
+                   int64_t other_work = 0) {
+  const int64_t work = steps * batch * weights + other_work;
   threads = int(max64(1, min64(threads, work / kThreadWork)));
   Split split;
   int64_t units = min64(threads, ceil_div(weight_bytes, kCachedWeights));
@@ -205,9 +206,11 @@ struct Weights : Matrix<S> {
                                                      : place.everything(this->blocks());
     for (int64_t b = blocks.begin; b < blocks.end; ++b) {
       if (panel_space) Matrix<S>::pack(b, panel_space + b * this->panel_size());
-      if (bias_space)
-        this->pack_bias(b, raw_bias, bias_space + b * this->vectors * kLanes<T>);
+      pack_bias_if_any(b);
     }
+  }
+  void pack_bias_if_any(int64_t b) {
+    if (bias_space) this->pack_bias(b, raw_bias, bias_space + b * this->vectors * kLanes<T>);
   }
 };
 
@@ -243,7 +246,9 @@ Weights<S> columns(const void* w, int64_t units, int64_t depth) {
 }
 
 // Packing reads and writes every weight once; that pays from a few products on.
-bool worth_packing(const Sequence& seq) { return seq.steps * ceil_div(seq.batch, 4) > 8; }
+bool worth_packing(const Sequence& seq) {
+  return seq.steps * ceil_div(seq.batch, 4) > 8;
+}
 
 // Runs `Task` on a team. A task has Task(const Params&, Arena&), split(), and run(const Place&).
 template <class Task, class Params>
@@ -263,7 +268,8 @@ Result run(const Params& params) {
     Barrier* barriers;
   } context{Task(params, arena), probe.split(), barriers};
   context.split.row_groups = int(min64(context.split.row_groups, kMaxGroups));
-  __builtin_memset(static_cast<void*>(barriers), 0, sizeof(Barrier) * size_t(1 + context.split.row_groups));
+  __builtin_memset(static_cast<void*>(barriers), 0,
+                   sizeof(Barrier) * size_t(1 + context.split.row_groups));
   context.task.steps.fill();
 
   parallel(
@@ -293,9 +299,65 @@ void copy_rows(const void* tensor, int64_t width, Range rows, Arithmetic<S>* out
   const S* in = static_cast<const S*>(tensor);
   for (int64_t row = rows.begin; row < rows.end; ++row)
     for (int64_t u = 0; u < width; u += L)
-      store(out + row * ld + u,
-            in ? load(in + row * width + u, width - u) : Vec<Arithmetic<S>>{});
+      store(out + row * ld + u, in ? load(in + row * width + u, width - u) : Vec<Arithmetic<S>>{});
 }
+
+// Rows of all steps together.
+int64_t total_rows(const Sequence& seq) {
+  if (!seq.batch_sizes) return seq.steps * seq.batch;
+  int64_t total = 0;
+  for (int64_t t = 0; t < seq.steps; ++t) total += seq.batch_sizes[t];
+  return total;
+}
+
+// The input part of the gates [N, G*H]: given, or computed here for a few rows.
+template <class S>
+class InputGates {
+  using T = Arithmetic<S>;
+
+ public:
+  InputGates(const void* given, const Projection& p, int64_t width, const Sequence& seq,
+             Arena& arena)
+      : gates_(static_cast<const S*>(given)), weights_(plain_rows<S>(p.w_ih, width, p.input)) {
+    if (gates_) return;
+    x_ = static_cast<const S*>(p.x);
+    rows_ = total_rows(seq);
+    ld_ = ceil_div(p.input, kLanes<T>) * kLanes<T>;
+    weights_.reserve(arena, false, p.b_ih);
+    copy_ = arena.take<T>(rows_ * ld_);
+    gates_ = computed_ = arena.take<S>(rows_ * width);
+  }
+
+  int64_t work() const { return rows_ * weights_.units * weights_.depth; }
+
+  // Each thread computes a share of the units; the caller lets all meet before they are read.
+  void compute(const Place& place) {
+    if (!computed_) return;
+    if (place.thread == 0) copy_rows<S>(x_, weights_.depth, {0, rows_}, copy_, ld_);
+    const Range blocks = place.everything(weights_.blocks());
+    for (int64_t b = blocks.begin; b < blocks.end; ++b) weights_.pack_bias_if_any(b);
+    place.meet_all();
+    alignas(64) T sums[kMaxVectors * kLanes<T>];
+    for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+      for (int64_t row = 0; row < rows_; ++row) {
+        weights_.multiply(b, 1, copy_ + row * ld_, ld_, sums);
+        for (int v = 0; v < weights_.vectors && weights_.lanes(b, v) > 0; ++v)
+          store(computed_ + row * weights_.units + weights_.unit(b, v), load(sums + v * kLanes<T>),
+                weights_.lanes(b, v));
+      }
+    }
+  }
+
+  const S* at(int64_t index) const { return gates_ + index * weights_.units; }
+
+ private:
+  const S* gates_;
+  Weights<S> weights_;
+  const S* x_ = nullptr;
+  T* copy_ = nullptr;  // x in arithmetic dtype
+  S* computed_ = nullptr;
+  int64_t rows_ = 0, ld_ = 0;
+};
 
 // --- LSTM ---------------------------------------------------------------------------------------
 
@@ -319,6 +381,7 @@ class LstmForwardTask {
         width_(p.proj ? p.proj : p.hidden),
         h_ld_(ceil_div(width_, L) * L),
         c_ld_(ceil_div(p.hidden, L) * L),
+        input_(p.gates_x, p.projection, 4 * p.hidden, p.seq, arena),
         gates_(gate_rows<S>(p.w_hh, p.hidden, width_, 4)),
         project_(plain_rows<S>(p.w_hr, p.proj, p.hidden)) {
     const bool pack = worth_packing(p.seq);
@@ -332,10 +395,11 @@ class LstmForwardTask {
   Split split() const {
     const int64_t weights = 4 * p_.hidden * width_ + p_.proj * p_.hidden;
     return choose_split(p_.threads, p_.seq.steps, p_.seq.batch, weights,
-                        weights * int64_t(sizeof(T)));
+                        weights * int64_t(sizeof(T)), input_.work());
   }
 
   void run(const Place& place) {
+    input_.compute(place);
     gates_.pack(place);
     if (p_.proj) project_.pack(place);
     const Range mine = place.everything(steps.batch());
@@ -367,10 +431,10 @@ class LstmForwardTask {
   RNNLM_INLINE void step(int64_t index, int64_t row, int64_t unit, int64_t lanes, const T* sums,
                          bool ending, T* h_out) {
     const int64_t H = p_.hidden;
-    const S* x = static_cast<const S*>(p_.gates_x) + index * 4 * H + unit;
-    const LstmGates<V> pre = {
-        load(sums) + load(x, lanes), load(sums + L) + load(x + H, lanes),
-        load(sums + 2 * L) + load(x + 2 * H, lanes), load(sums + 3 * L) + load(x + 3 * H, lanes)};
+    const S* x = input_.at(index) + unit;
+    const LstmGates<V> pre = {load(sums) + load(x, lanes), load(sums + L) + load(x + H, lanes),
+                              load(sums + 2 * L) + load(x + 2 * H, lanes),
+                              load(sums + 3 * L) + load(x + 3 * H, lanes)};
     const LstmGates<V> y = lstm_activate<M>(pre);
     V c = load(c_ + row * c_ld_ + unit);
     const V h = lstm_forward<M>(y, c);
@@ -401,6 +465,7 @@ class LstmForwardTask {
 
   LstmForward p_;
   int64_t width_, h_ld_, c_ld_;
+  InputGates<S> input_;
   Weights<S> gates_, project_;
   T* h_[2];
   T* c_;
@@ -460,8 +525,8 @@ class LstmBackwardTask {
           step(t, row, unit, lanes, with_grad_output(steps.start(t) + row, unit, lanes, dh), own);
       };
       // Rows that forward took on to another step.
-      for_each_output(recurrent_, place, clip(place.rows, 0, min64(rows, next_rows)), next, gate_ld_,
-                      [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
+      for_each_output(recurrent_, place, clip(place.rows, 0, min64(rows, next_rows)), next,
+                      gate_ld_, [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
                         arrive(row, unit, lanes, load(sums));
                       });
       // Rows whose last step this is.
@@ -523,8 +588,7 @@ class LstmBackwardTask {
       dc = dc + load(static_cast<const T*>(p_.grad_cells) + index * H + unit, lanes);
     const LstmGates<V> d = lstm_backward<M>(y, c_prev, c, dh, dc);
     store(dc_ + row * c_ld_ + unit, dc);
-    if (p_.proj)
-      store(static_cast<S*>(p_.unprojected) + index * H + unit, y.o * M::tanh(c), lanes);
+    if (p_.proj) store(static_cast<S*>(p_.unprojected) + index * H + unit, y.o * M::tanh(c), lanes);
     T* scratch = own + row * gate_ld_ + unit;
     S* out = static_cast<S*>(p_.dgates) + index * 4 * H + unit;
     const V values[4] = {d.i, d.f, d.g, d.o};
@@ -558,6 +622,7 @@ class GruForwardTask {
       : steps(p.seq, arena),
         p_(p),
         ld_(ceil_div(p.hidden, L) * L),
+        input_(p.gates_x, p.projection, 3 * p.hidden, p.seq, arena),
         gates_(gate_rows<S>(p.w_hh, p.hidden, p.hidden, p.reset_before ? 2 : 3)),
         candidate_(plain_rows<S>(static_cast<const S*>(p.w_hh) + 2 * p.hidden * p.hidden, p.hidden,
                                  p.hidden)) {
@@ -575,10 +640,11 @@ class GruForwardTask {
   Split split() const {
     const int64_t weights = 3 * p_.hidden * p_.hidden;
     return choose_split(p_.threads, p_.seq.steps, p_.seq.batch, weights,
-                        weights * int64_t(sizeof(T)));
+                        weights * int64_t(sizeof(T)), input_.work());
   }
 
   void run(const Place& place) {
+    input_.compute(place);
     gates_.pack(place);
     if (p_.reset_before) candidate_.pack(place);
     const Range mine = place.everything(steps.batch());
@@ -613,9 +679,6 @@ class GruForwardTask {
   }
 
  private:
-  const S* x(int64_t index, int64_t unit) const {
-    return static_cast<const S*>(p_.gates_x) + index * 3 * p_.hidden + unit;
-  }
   S* saved(int64_t index, int64_t unit) const {
     return static_cast<S*>(p_.saved) + index * (p_.reset_before ? 3 : 4) * p_.hidden + unit;
   }
@@ -623,7 +686,7 @@ class GruForwardTask {
   RNNLM_INLINE void reset_after(int64_t index, int64_t row, int64_t unit, int64_t lanes,
                                 const T* sums, const T* h_in, T* h_out, bool ending) {
     const int64_t H = p_.hidden;
-    const S* in = x(index, unit);
+    const S* in = input_.at(index) + unit;
     const V a_r = load(sums) + load(in, lanes);
     const V a_z = load(sums + L) + load(in + H, lanes);
     const V hn = load(sums + 2 * L);
@@ -643,7 +706,7 @@ class GruForwardTask {
   RNNLM_INLINE void reset_before(int64_t index, int64_t row, int64_t unit, int64_t lanes,
                                  const T* sums, const T* h_in) {
     const int64_t H = p_.hidden, at = row * ld_ + unit;
-    const S* in = x(index, unit);
+    const S* in = input_.at(index) + unit;
     const V a_r = load(sums) + load(in, lanes);
     const V a_z = load(sums + L) + load(in + H, lanes);
     const V r = M::sigmoid(a_r), z = M::sigmoid(a_z);
@@ -658,7 +721,7 @@ class GruForwardTask {
 
   RNNLM_INLINE void finish_reset_before(int64_t index, int64_t row, int64_t unit, int64_t lanes,
                                         const T* sums, const T* h_in, T* h_out, bool ending) {
-    const V a_n = load(sums) + load(x(index, unit) + 2 * p_.hidden, lanes);
+    const V a_n = load(sums) + load(input_.at(index) + 2 * p_.hidden + unit, lanes);
     const V n = M::tanh(a_n);
     if (p_.saved)
       store(saved(index, unit) + 2 * p_.hidden, kSavesPreactivations<S> ? a_n : n, lanes);
@@ -675,6 +738,7 @@ class GruForwardTask {
 
   GruForward p_;
   int64_t ld_;
+  InputGates<S> input_;
   Weights<S> gates_;      // r, z and, for reset-after, n
   Weights<S> candidate_;  // n, for reset-before
   T* h_[2];
@@ -805,8 +869,8 @@ class GruBackwardTask {
     store(static_cast<S*>(p_.candidate) + index * H + unit, a.d_hn, lanes);
   }
 
-  RNNLM_INLINE void finish_reset_before(int64_t t, int64_t row, int64_t unit, int64_t lanes,
-                                        V d_rh, T* own) {
+  RNNLM_INLINE void finish_reset_before(int64_t t, int64_t row, int64_t unit, int64_t lanes, V d_rh,
+                                        T* own) {
     const int64_t H = p_.hidden, index = steps.start(t) + row;
     const V h = h_prev(t, row, unit, lanes);
     V r = load(static_cast<const S*>(p_.saved) + index * 3 * H + unit, lanes);

@@ -102,15 +102,29 @@ RNNLM_INLINE Vec<T> splat(T x) {
   return Vec<T>{} + x;
 }
 
+// Sum of the lanes, halves added pairwise: a fixed order, whatever the compiler likes.
 template <class T>
 RNNLM_INLINE T sum(Vec<T> v) {
-  // Halves are added pairwise: a fixed order, whatever the compiler likes.
   T part[kLanes<T>];
   memcpy(part, &v, sizeof v);
   for (int width = kLanes<T> / 2; width > 0; width /= 2)
     for (int l = 0; l < width; ++l) part[l] += part[l + width];
   return part[0];
 }
+#if defined(__AVX2__)
+template <>
+RNNLM_INLINE float sum<float>(Vec<float> v) {
+#if defined(__AVX512F__)
+  const __m256 v8 =
+      _mm256_add_ps(_mm512_extractf32x8_ps((__m512)v, 0), _mm512_extractf32x8_ps((__m512)v, 1));
+#else
+  const __m256 v8 = (__m256)v;
+#endif
+  const __m128 v4 = _mm_add_ps(_mm256_castps256_ps128(v8), _mm256_extractf128_ps(v8, 1));
+  const __m128 v2 = _mm_add_ps(v4, _mm_movehl_ps(v4, v4));
+  return _mm_cvtss_f32(_mm_add_ss(v2, _mm_movehdup_ps(v2)));
+}
+#endif
 
 // --- 16-bit conversions -------------------------------------------------------------------------
 

@@ -24,6 +24,10 @@ Sequence sequence(int64_t steps, int64_t batch, Address batch_sizes, bool revers
   return {steps, batch, pointer<const int64_t>(batch_sizes), reverse};
 }
 
+Projection projection(int64_t input, Address x, Address w_ih, Address b_ih) {
+  return {input, pointer(x), pointer(w_ih), pointer(b_ih)};
+}
+
 // Runs without the GIL; the operators have checked every size, dtype and pointer.
 template <class Params>
 void call(cpu::Result (*cpu::Kernels::*kernel)(const Params&), const Params& params) {
@@ -40,14 +44,15 @@ void call(cpu::Result (*cpu::Kernels::*kernel)(const Params&), const Params& par
 }
 
 void lstm_forward(int dtype, int threads, int64_t steps, int64_t batch, Address batch_sizes,
-                  bool reverse, int64_t hidden, int64_t proj, Address gates_x, Address w_hh,
-                  Address b_hh, Address w_hr, Address h0, Address c0, Address output, Address h_n,
-                  Address c_n, Address cells, Address saved) {
+                  bool reverse, int64_t hidden, int64_t proj, int64_t input, Address x,
+                  Address w_ih, Address b_ih, Address gates_x, Address w_hh, Address b_hh,
+                  Address w_hr, Address h0, Address c0, Address output, Address h_n, Address c_n,
+                  Address cells, Address saved) {
   call(&cpu::Kernels::lstm_forward,
-       LstmForward{DType(dtype), threads, sequence(steps, batch, batch_sizes, reverse), hidden, proj,
-                   pointer(gates_x), pointer(w_hh), pointer(b_hh), pointer(w_hr), pointer(h0),
-                   pointer(c0), pointer(output), pointer(h_n), pointer(c_n), pointer(cells),
-                   pointer(saved)});
+       LstmForward{DType(dtype), threads, sequence(steps, batch, batch_sizes, reverse), hidden,
+                   proj, projection(input, x, w_ih, b_ih), pointer(gates_x), pointer(w_hh),
+                   pointer(b_hh), pointer(w_hr), pointer(h0), pointer(c0), pointer(output),
+                   pointer(h_n), pointer(c_n), pointer(cells), pointer(saved)});
 }
 
 void lstm_backward(int dtype, int threads, int64_t steps, int64_t batch, Address batch_sizes,
@@ -64,12 +69,13 @@ void lstm_backward(int dtype, int threads, int64_t steps, int64_t batch, Address
 }
 
 void gru_forward(int dtype, int threads, int64_t steps, int64_t batch, Address batch_sizes,
-                 bool reverse, int64_t hidden, bool reset_before, Address gates_x, Address w_hh,
-                 Address b_hh, Address h0, Address output, Address h_n, Address saved) {
+                 bool reverse, int64_t hidden, bool reset_before, int64_t input, Address x,
+                 Address w_ih, Address b_ih, Address gates_x, Address w_hh, Address b_hh,
+                 Address h0, Address output, Address h_n, Address saved) {
   call(&cpu::Kernels::gru_forward,
        GruForward{DType(dtype), threads, sequence(steps, batch, batch_sizes, reverse), hidden,
-                  reset_before, pointer(gates_x), pointer(w_hh), pointer(b_hh), pointer(h0),
-                  pointer(output), pointer(h_n), pointer(saved)});
+                  reset_before, projection(input, x, w_ih, b_ih), pointer(gates_x), pointer(w_hh),
+                  pointer(b_hh), pointer(h0), pointer(output), pointer(h_n), pointer(saved)});
 }
 
 void gru_backward(int dtype, int threads, int64_t steps, int64_t batch, Address batch_sizes,
@@ -86,8 +92,9 @@ void gru_backward(int dtype, int threads, int64_t steps, int64_t batch, Address 
 void elementwise(const std::string& function, int dtype, int64_t n, Address x, Address y) {
   const int code = function == "exp" ? 0 : function == "sigmoid" ? 1 : function == "tanh" ? 2 : -1;
   if (code < 0 || (DType(dtype) != DType::f32 && DType(dtype) != DType::f64))
-    raise_unless_ok(Status::invalid_argument("elementwise knows exp, sigmoid and tanh of float32 "
-                                             "and float64"));
+    raise_unless_ok(
+        Status::invalid_argument("elementwise knows exp, sigmoid and tanh of float32 "
+                                 "and float64"));
   const cpu::Choice& choice = cpu::choose();
   if (choice.error) raise_unless_ok(Status::invalid_argument(choice.error));
   choice.kernels.elementwise(code, DType(dtype), n, pointer(x), pointer(y));

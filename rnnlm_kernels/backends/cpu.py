@@ -47,6 +47,11 @@ def plan(problem: Problem) -> Plan:
     )
 
 
+# Up to so many rows (T*B) forward gets x and W_ih instead of the projected gates: a GEMM call costs
+# more than the product.
+PROJECTS_ROWS = 4
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -58,19 +63,22 @@ def _sequence(
 
     The address is of ``batch_sizes`` itself: the operator made sure that it is contiguous int64.
     """
-    length = steps.size(0) if batch_sizes is None else batch_sizes.size(0)
+    length = len(steps if batch_sizes is None else batch_sizes)
     return (
         _DTYPES[h0.dtype],
         torch.get_num_threads(),
         length,
-        h0.size(0),
+        len(h0),
         _address(batch_sizes),
         options.reverse,
     )
 
 
 def lstm_forward(
-    gates_x: Tensor,
+    x: Tensor,
+    w_ih: Tensor,
+    b_ih: Tensor | None,
+    gates_x: Tensor | None,
     w_hh: Tensor,
     b_hh: Tensor | None,
     w_hr: Tensor | None,
@@ -81,15 +89,19 @@ def lstm_forward(
     output: Tensor,
     h_n: Tensor,
     c_n: Tensor,
-    cells: Tensor,
-    saved: Tensor,
+    cells: Tensor | None,
+    saved: Tensor | None,
 ) -> None:
-    """Fill output, h_n, c_n and, where they are not empty, cells and saved."""
+    """Fill output, h_n, c_n and, where wanted, cells and saved."""
     native.cpu_lstm_forward(
-        *_sequence(gates_x, h0, batch_sizes, options),
-        c0.size(1),
-        0 if w_hr is None else w_hr.size(0),
-        gates_x.data_ptr(),
+        *_sequence(x, h0, batch_sizes, options),
+        c0.shape[1],
+        0 if w_hr is None else len(w_hr),
+        x.shape[-1],
+        x.data_ptr(),
+        w_ih.data_ptr(),
+        _address(b_ih),
+        _address(gates_x),
         w_hh.data_ptr(),
         _address(b_hh),
         _address(w_hr),
@@ -98,8 +110,8 @@ def lstm_forward(
         output.data_ptr(),
         h_n.data_ptr(),
         c_n.data_ptr(),
-        cells.data_ptr(),
-        saved.data_ptr(),
+        _address(cells),
+        _address(saved),
     )
 
 
@@ -126,8 +138,8 @@ def lstm_backward(
     """Fill dgates, dh0, dc0 and, with a projection, dproj and unprojected."""
     native.cpu_lstm_backward(
         *_sequence(output, h0, batch_sizes, options),
-        c0.size(1),
-        0 if w_hr is None else w_hr.size(0),
+        c0.shape[1],
+        0 if w_hr is None else len(w_hr),
         _address(grad_output),
         _address(grad_h_n),
         _address(grad_c_n),
@@ -146,7 +158,10 @@ def lstm_backward(
 
 
 def gru_forward(
-    gates_x: Tensor,
+    x: Tensor,
+    w_ih: Tensor,
+    b_ih: Tensor | None,
+    gates_x: Tensor | None,
     w_hh: Tensor,
     b_hh: Tensor | None,
     h0: Tensor,
@@ -154,20 +169,24 @@ def gru_forward(
     options: RecurrenceOptions,
     output: Tensor,
     h_n: Tensor,
-    saved: Tensor,
+    saved: Tensor | None,
 ) -> None:
-    """Fill output, h_n and, where it is not empty, saved."""
+    """Fill output, h_n and, where wanted, saved."""
     native.cpu_gru_forward(
-        *_sequence(gates_x, h0, batch_sizes, options),
-        h0.size(1),
+        *_sequence(x, h0, batch_sizes, options),
+        h0.shape[1],
         options.reset == "before",
-        gates_x.data_ptr(),
+        x.shape[-1],
+        x.data_ptr(),
+        w_ih.data_ptr(),
+        _address(b_ih),
+        _address(gates_x),
         w_hh.data_ptr(),
         _address(b_hh),
         h0.data_ptr(),
         output.data_ptr(),
         h_n.data_ptr(),
-        saved.data_ptr(),
+        _address(saved),
     )
 
 
@@ -187,7 +206,7 @@ def gru_backward(
     """Fill dgates, dh0 and candidate (see csrc/core/params.h)."""
     native.cpu_gru_backward(
         *_sequence(output, h0, batch_sizes, options),
-        h0.size(1),
+        h0.shape[1],
         options.reset == "before",
         _address(grad_output),
         _address(grad_h_n),

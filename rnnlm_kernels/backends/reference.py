@@ -1,4 +1,4 @@
-"""The pure PyTorch backend: any dtype, any device, no kernels. See :mod:`rnnlm_kernels.reference`."""
+"""Plain PyTorch: any dtype and device, no kernels. See :mod:`rnnlm_kernels.reference`."""
 
 from __future__ import annotations
 

@@ -1,0 +1,224 @@
+"""The loop: check, then time, every contender on every workload."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import torch
+
+from ..check import CheckResult, Judge
+from . import machine
+from .contenders import (
+    PLAIN,
+    RIVALS,
+    TORCH_COMPILE,
+    Contender,
+    ContenderError,
+    compiling,
+    plain_contender,
+    rival_of,
+)
+from .contenders import contenders as default_contenders
+from .measure import TimingOptions, interleave, peak_bytes, quantiles, saved_for_backward
+from .measure import synchroniser as synchroniser_for
+from .results import FAILED, WRONG, Measurement, Results, fill_ratios
+from .workload import Setup, Trial, Workload, flops, setup, trial
+
+log = logging.getLogger("rnnlm_kernels")
+
+Progress = Callable[[Workload, int], None]
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Verdicts:
+    """Checks each contender once per layer and input, not once per mode.
+
+    Workloads that differ in mode only share weights and inputs, so the most demanding check
+    (outputs and all gradients) stands for all of them; inference is not blamed for gradients.
+    """
+
+    def __init__(self, grid: Sequence[Workload]) -> None:
+        self._needs_grad = {self._family(w) for w in grid if w.mode != "inference"}
+        self._judge: Judge | None = None
+        self._found: dict[tuple[Workload, int, str], CheckResult] = {}
+
+    @staticmethod
+    def _family(workload: Workload) -> Workload:
+        return workload.with_mode("inference")
+
+    def __call__(self, workload: Workload, contender: Contender) -> tuple[bool, str]:
+        family = self._family(workload)
+        key = (family, torch.get_num_threads(), contender.name)
+        if key not in self._found:
+            judged = workload
+            if family in self._needs_grad:
+                judged = family.with_mode("training")
+            # One at a time: an oracle of a large workload holds a lot of memory.
+            if self._judge is None or self._judge.workload != judged:
+                self._judge = Judge(judged)
+            self._found[key] = self._judge.check(contender.build, contender.name)
+        result = self._found[key]
+        if workload.mode == "inference":
+            result = result.without_gradients
+        return result.ok, result.summary()
+
+
+def new_results(
+    *, command: str = "", grid: str = "custom", options: TimingOptions | None = None
+) -> Results:
+    """An empty result that knows where and with what it is going to be measured."""
+    return Results(
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        command=command,
+        grid=grid,
+        machine=machine.describe(),
+        versions=machine.versions(),
+        commit=machine.commit(),
+        settings=asdict(options or TimingOptions()),
+        load_before=machine.load(),
+    )
+
+
+def run(
+    grid: Sequence[Workload],
+    contenders: Sequence[Contender] | None = None,
+    *,
+    threads: Sequence[int] = (),
+    options: TimingOptions | None = None,
+    results: Results | None = None,
+    progress: Progress = lambda workload, threads: None,
+) -> Results:
+    """Measure every contender on every workload.
+
+    A contender whose output or gradients are wrong (see :mod:`rnnlm_kernels.check`) is not timed:
+    its measurement has status ``"wrong"`` and says what is wrong.
+
+    Args:
+        grid: the workloads.
+        contenders: None for torch and every fused backend of ours that is available.
+        threads: thread counts to measure with; empty for torch's current one.
+        options: how long to measure.
+        results: filled as the run goes on, so that a caller still has what was measured when the
+            run is interrupted; None makes a new one.
+        progress: called before each workload with it and the thread count.
+
+    Returns:
+        ``results``, complete, with ratios filled in.
+    """
+    chosen = list(contenders if contenders is not None else default_contenders())
+    options = options or TimingOptions()
+    results = results or new_results(options=options)
+    verdicts = _Verdicts(grid)
+    try:
+        for workload, count in _order(grid, threads):
+            progress(workload, count)
+            with _threads(count):
+                results.measurements += _measure(workload, chosen, verdicts, options)
+        results.complete = True
+    finally:
+        fill_ratios(results.measurements)
+    return results
+
+
+def _order(grid: Sequence[Workload], threads: Sequence[int]) -> list[tuple[Workload, int]]:
+    """Modes and thread counts of one family stay together, so that its oracle is computed once."""
+    families: dict[Workload, list[Workload]] = {}
+    for workload in grid:
+        families.setdefault(workload.with_mode("inference"), []).append(workload)
+    return [
+        (workload, count)
+        for family in families.values()
+        for count in threads or (torch.get_num_threads(),)
+        for workload in family
+    ]
+
+
+def _line_up(workload: Workload, contenders: Sequence[Contender]) -> list[Contender]:
+    """Who runs a workload: where torch has no such layer, plain PyTorch stands in as the rival."""
+    if rival_of(workload) != PLAIN:
+        return list(contenders)
+    return [plain_contender(), *(c for c in contenders if c.name not in RIVALS)]
+
+
+def _measure(
+    workload: Workload,
+    contenders: Sequence[Contender],
+    verdicts: _Verdicts,
+    options: TimingOptions,
+) -> list[Measurement]:
+    """All contenders on one workload with the current number of threads."""
+    threads = torch.get_num_threads()
+    inputs = setup(workload)
+    measurements: list[Measurement] = []
+    trials: dict[str, Trial] = {}
+    for contender in _line_up(workload, contenders):
+        measurement = Measurement(workload, threads, contender.name)
+        measurements.append(measurement)
+        try:
+            with compiling(contender):
+                trials[contender.name] = _admit(contender, inputs, verdicts, measurement)
+        except ContenderError as error:
+            measurement.status, measurement.note = error.status, str(error)
+        except Exception as error:  # a contender's crash is a result, not the end of the run
+            log.debug("%s failed on %s", contender.name, workload.label, exc_info=True)
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            measurement.status, measurement.note = FAILED, first_line[:300]
+
+    if trials:
+        steps = {name: t.step for name, t in trials.items()}
+        samples = interleave(steps, options, synchronise=synchroniser_for(workload.device))
+        work = flops(workload)
+        for measurement in measurements:
+            if measurement.contender in samples:
+                found = quantiles(samples[measurement.contender])
+                measurement.median_us = found.median_us
+                measurement.q20_us, measurement.q80_us = found.q20_us, found.q80_us
+                measurement.samples = found.samples
+                measurement.us_per_step = found.median_us / workload.seq_len
+                measurement.gflops = work / found.median_us / 1e3
+                if measurement.contender != TORCH_COMPILE:  # hooks would make it compile again
+                    _measure_memory(trials[measurement.contender], inputs, measurement)
+    gc.collect()
+    return measurements
+
+
+def _admit(
+    contender: Contender, inputs: Setup, verdicts: _Verdicts, measurement: Measurement
+) -> Trial:
+    """Build a contender's layer and run it once, after its results have been found right.
+
+    Raises:
+        ContenderError: it cannot run the workload, or runs it wrongly.
+    """
+    workload = inputs.workload
+    if not contender.trusted:
+        ok, measurement.note = verdicts(workload, contender)
+        if not ok:
+            raise ContenderError(WRONG, measurement.note)
+    measurement.plan = contender.plan(workload)
+    ready = trial(contender.build(inputs), inputs)
+    ready.step()
+    return ready
+
+
+def _measure_memory(ready: Trial, inputs: Setup, measurement: Measurement) -> None:
+    workload = inputs.workload
+    if workload.mode != "inference":
+        saved = saved_for_backward(ready.forward, ready.layer.parameters())
+        measurement.saved_bytes = saved.total
+        measurement.workspace_bytes = saved.workspace
+    measurement.peak_bytes = peak_bytes(ready.step, workload.device)

@@ -1,0 +1,229 @@
+"""How a number is obtained: interleaved timing, bytes saved for backward, peak memory.
+
+Timing. Samples of all contenders alternate in the order A B, B A, A B, ... so that a machine that
+slows down, speeds up or is shared hits them alike. A sample repeats the step until it lasts long
+enough for the clock and for a neighbour's thread pool to have gone to sleep. What is reported is
+the median with the 20 % and 80 % quantiles.
+
+Memory. *Saved* bytes are what autograd keeps between forward and backward: the storages behind
+every tensor it saves, each once, parameters excepted (they exist anyway), x included. Some of it
+may be an opaque workspace (oneDNN and cuDNN use a byte tensor), reported on its own as well. *Peak*
+is how much the resident set (CPU) or the allocator (CUDA) grows at its highest during one step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+Step = Callable[[], None]
+
+_PATIENCE = 4.0  # in budgets
+
+
+@dataclass(frozen=True)
+class TimingOptions:
+    """How long to measure: samples are taken in pairs of rounds until ``budget_s`` is spent.
+
+    Args:
+        budget_s: for all contenders of one workload together.
+        min_samples, max_samples: of each contender, whatever the budget says; only a workload that
+            has taken four budgets (a large one, or a busy machine) ends with fewer.
+        min_sample_s: a sample repeats the step until it lasts this long.
+        warmup: untimed calls of each contender before the first sample.
+    """
+
+    budget_s: float = 3.0
+    min_samples: int = 6
+    max_samples: int = 40
+    min_sample_s: float = 0.02
+    warmup: int = 2
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """Median and 20/80 % quantiles of one contender's samples, in microseconds per step call."""
+
+    median_us: float
+    q20_us: float
+    q80_us: float
+    samples: int
+
+
+def quantiles(samples_s: Iterable[float]) -> Quantiles:
+    """Summarise samples given in seconds.
+
+    Raises:
+        ValueError: there are none.
+
+    Example:
+        >>> quantiles([1e-6, 2e-6, 3e-6]).median_us
+        2.0
+    """
+    ordered = sorted(1e6 * sample for sample in samples_s)
+    if not ordered:
+        raise ValueError("no samples")
+    median = statistics.median(ordered)
+    if len(ordered) == 1:
+        return Quantiles(median, median, median, 1)
+    cuts = statistics.quantiles(ordered, n=5, method="inclusive")
+    return Quantiles(median, cuts[0], cuts[3], len(ordered))
+
+
+def synchroniser(device: str) -> Callable[[], None]:
+    """What to call before reading the clock so that queued work is done."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.synchronize
+    return lambda: None
+
+
+def interleave(
+    steps: Mapping[str, Step],
+    options: TimingOptions,
+    *,
+    synchronise: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Time several steps in turn; returns each one's samples in seconds per call.
+
+    Args:
+        steps: by contender; every one is called in every round.
+        options: how many samples to take.
+        synchronise: waits for queued device work.
+        clock: seconds; a test may count instead.
+    """
+    repeats = {name: _repeats(step, options, synchronise, clock) for name, step in steps.items()}
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    order = list(steps)
+    # A collection in the middle of a sample would be charged to whoever happens to run.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        start = clock()
+        rounds = 0
+        while rounds < options.max_samples:
+            spent = clock() - start
+            enough = rounds >= options.min_samples and spent >= options.budget_s
+            too_slow = rounds > 0 and 0 < _PATIENCE * options.budget_s <= spent
+            if rounds % 2 == 0 and (enough or too_slow):
+                break
+            for name in order:
+                step, repeat = steps[name], repeats[name]
+                if repeat > 1:
+                    step()  # caches belong to this contender again before its clock starts
+                synchronise()
+                begin = clock()
+                for _ in range(repeat):
+                    step()
+                synchronise()
+                samples[name].append((clock() - begin) / repeat)
+            order.reverse()
+            rounds += 1
+    finally:
+        if collecting:
+            gc.enable()
+    return samples
+
+
+def _repeats(
+    step: Step,
+    options: TimingOptions,
+    synchronise: Callable[[], None],
+    clock: Callable[[], float],
+) -> int:
+    """Warm a step up and find how many calls make a sample of the wanted length."""
+    duration = 0.0
+    for _ in range(max(1, options.warmup)):
+        synchronise()
+        begin = clock()
+        step()
+        synchronise()
+        duration = clock() - begin
+    if duration <= 0:
+        return 1
+    return max(1, min(10_000, round(options.min_sample_s / duration)))
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Bytes kept for backward: in all, and of these in opaque byte tensors."""
+
+    total: int
+    workspace: int
+
+
+def saved_for_backward(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> Saved:
+    """Count the storages that autograd keeps after ``forward``, each once, without parameters."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    sizes: dict[int, tuple[int, bool]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        # The graph keeps the tensor, so an address stands for one storage until we are done.
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = (storage.nbytes(), tensor.dtype == torch.uint8)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    del output
+    return Saved(
+        total=sum(size for size, _ in sizes.values()),
+        workspace=sum(size for size, opaque in sizes.values() if opaque),
+    )
+
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"  # man 5 proc: resets VmHWM to the current resident set
+
+
+def peak_bytes(step: Step, device: str) -> int | None:
+    """How far memory in use rises during one step; None where that cannot be seen.
+
+    On CUDA this is the caching allocator's account, on Linux the kernel's account of the resident
+    set, which includes whatever a library allocates behind torch's back.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    gc.collect()
+    if not _return_free_pages():
+        return None
+    try:
+        before = _resident("VmRSS")
+        _CLEAR_REFS.write_text(_RESET_PEAK)
+        step()
+        return max(0, _resident("VmHWM") - before)
+    except (OSError, KeyError):
+        return None
+
+
+def _return_free_pages() -> bool:
+    """Give pages that malloc holds back to the system, so that a step has to ask for its own."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError):  # another libc, another system
+        return False
+    trim(0)
+    return True
+
+
+def _resident(field: str) -> int:
+    for line in _STATUS.read_text().splitlines():
+        name, _, rest = line.partition(":")
+        if name == field:
+            return int(rest.split()[0]) * 1024
+    raise KeyError(field)

@@ -1,0 +1,349 @@
+"""Whole LSTM and GRU stacks from one-layer operators.
+
+:func:`lstm` and :func:`gru` take the weights of every layer and direction and do what lies
+between the single operator calls of :mod:`rnnlm_kernels.ops`: stacking, joining two directions,
+dropout between layers, ``batch_first``, default initial states, and autocast. They keep no state;
+the modules in :mod:`rnnlm_kernels.nn` are thin callers of them.
+
+Shapes use T (steps), B (batch), I (input size), H (hidden size), R (``proj_size``, or H without a
+projection), L (layers), D (1, or 2 when bidirectional). Packed input is the ``data`` of a
+:class:`~torch.nn.utils.rnn.PackedSequence``, [N, I], with its ``batch_sizes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+
+LayerWeights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""``(w_ih, w_hh, b_ih, b_hh, w_hr)`` of one layer and direction, None where absent."""
+
+
+def lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    weights: Sequence[LayerWeights],
+    *,
+    num_layers: int = 1,
+    has_biases: bool = True,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    batch_sizes: Tensor | None = None,
+    proj_size: int = 0,
+    return_cells: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Run a stack of LSTM layers over a sequence.
+
+    Args:
+        input: [T, B, I], with ``batch_first`` [B, T, I], packed [N, I]. Any floating dtype.
+        hx: ``(h_0, c_0)``, [L*D, B, R] and [L*D, B, H], in the dtype and on the device of
+            ``input``. None means zeros. Packed: rows in the packed (length-sorted) order.
+        weights: one tuple per layer and direction, forward before reverse:
+            ``w_ih`` [4H, I or D*R], ``w_hh`` [4H, R], ``b_ih`` and ``b_hh`` [4H], ``w_hr`` [R, H].
+        num_layers: L.
+        has_biases: when False the bias entries of ``weights`` are ignored.
+        bidirectional: also run every layer from each row's last step to its first.
+        batch_first: dense ``input`` and ``output`` carry the batch first. The states never do.
+        dropout: probability of zeroing an element of every layer's output but the last one's.
+        training: dropout acts only when this is True.
+        batch_sizes: int64 CPU tensor [T]; given exactly when ``input`` is packed.
+        proj_size: P of ``w_hr``, 0 without projection.
+        return_cells: also return the cell state of every step of the last layer.
+        backend: see :mod:`rnnlm_kernels.dispatch`.
+
+    Returns:
+        ``output`` [T, B, D*R] (transposed view with ``batch_first``; packed [N, D*R]), ``h_n``
+        [L*D, B, R], ``c_n`` [L*D, B, H], and ``cells`` (shaped as ``output``, D*H wide) or None.
+
+    Raises:
+        ValueError: ``input`` and weights differ in dtype, or ``weights`` has the wrong length.
+        RuntimeError: an empty sequence, or tensors of different devices or dtypes.
+
+    Under ``torch.autocast`` for the input's device, ``input``, states, and weights that are not
+    float64 are cast to the autocast dtype, and the results have that dtype.
+
+    Example:
+        >>> import torch
+        >>> x, w_ih, w_hh = torch.randn(7, 2, 3), torch.randn(20, 3), torch.randn(20, 5)
+        >>> output, h_n, c_n, _ = lstm(x, None, [(w_ih, w_hh, None, None, None)])
+        >>> output.shape, h_n.shape, c_n.shape
+        (torch.Size([7, 2, 5]), torch.Size([1, 2, 5]), torch.Size([1, 2, 5]))
+    """
+    directions = 2 if bidirectional else 1
+    if len(weights) != num_layers * directions:
+        raise ValueError(_wrong_number_of_weights(len(weights), num_layers, directions))
+
+    autocast = _autocast_dtype(input.device.type)
+    if autocast is not None:
+        # Off inside: all tensors are cast here, and the float32 arithmetic of an operator must
+        # stay float32.
+        with torch.autocast(input.device.type, enabled=False):
+            return lstm(
+                _cast(input, autocast),
+                None if hx is None else (_cast(hx[0], autocast), _cast(hx[1], autocast)),
+                [_cast_layer(layer, autocast) for layer in weights],
+                num_layers=num_layers,
+                has_biases=has_biases,
+                bidirectional=bidirectional,
+                batch_first=batch_first,
+                dropout=dropout,
+                training=training,
+                batch_sizes=batch_sizes,
+                proj_size=proj_size,
+                return_cells=return_cells,
+                backend=backend,
+            )
+
+    h0s: Sequence[Tensor]
+    c0s: Sequence[Tensor]
+    first = weights[0][0]
+    if input.dtype != first.dtype or input.device != first.device:
+        _refuse_weights(input, first)
+    if hx is None:
+        batch = _batch_size(input, batch_sizes, batch_first)
+        zeros = input.new_zeros((batch, weights[0][1].shape[0] // 4))
+        c0s = (zeros,) * len(weights)
+        # One tensor serves every layer: operators never write to a state.
+        h0s = (input.new_zeros((batch, proj_size)),) * len(weights) if proj_size else c0s
+    else:
+        h0, c0 = hx
+        if h0.dtype != input.dtype or h0.device != input.device:
+            _refuse_state("h_0", h0, input)
+        if c0.dtype != input.dtype or c0.device != input.device:
+            _refuse_state("c_0", c0, input)
+        h0s, c0s = h0.unbind(0), c0.unbind(0)
+
+    x = input.transpose(0, 1) if batch_first and batch_sizes is None else input
+    if batch_sizes is None and x.shape[0] == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+    last = len(weights) - directions  # index of the last layer's first direction
+    finals_h: list[Tensor] = []
+    finals_c: list[Tensor] = []
+    cells: Tensor | None = None
+    for index in range(0, len(weights), directions):
+        outputs: list[Tensor] = []
+        layer_cells: list[Tensor] = []
+        for i in range(index, index + directions):
+            w_ih, w_hh, b_ih, b_hh, w_hr = weights[i]
+            if not has_biases:
+                b_ih = b_hh = None
+            output, h_n, c_n, steps = ops.lstm(
+                x,
+                h0s[i],
+                c0s[i],
+                w_ih,
+                w_hh,
+                b_ih,
+                b_hh,
+                w_hr,
+                batch_sizes,
+                reverse=i != index,
+                return_cells=return_cells and index == last,
+                backend=backend,
+            )
+            outputs.append(output)
+            finals_h.append(h_n)
+            finals_c.append(c_n)
+            if steps is not None:
+                layer_cells.append(steps)
+        x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+        if layer_cells:
+            cells = layer_cells[0] if directions == 1 else torch.cat(layer_cells, -1)
+        if dropout and training and index != last:
+            x = F.dropout(x, dropout, training=True)
+
+    if batch_first and batch_sizes is None:
+        x = x.transpose(0, 1)
+        cells = None if cells is None else cells.transpose(0, 1)
+    return x, _stack(finals_h), _stack(finals_c), cells
+
+
+def gru(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[LayerWeights],
+    *,
+    num_layers: int = 1,
+    has_biases: bool = True,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    batch_sizes: Tensor | None = None,
+    reset: str = "after",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run a stack of GRU layers over a sequence.
+
+    Args:
+        input: [T, B, I], with ``batch_first`` [B, T, I], packed [N, I]. Any floating dtype.
+        hx: ``h_0``, [L*D, B, H], in the dtype and on the device of ``input``. None means zeros.
+            Packed: rows in the packed (length-sorted) order.
+        weights: one tuple per layer and direction, forward before reverse: ``w_ih``
+            [3H, I or D*H], ``w_hh`` [3H, H], ``b_ih`` and ``b_hh`` [3H], and None.
+        reset: "after" applies the reset gate to ``W_hn h + b_hn`` (PyTorch, cuDNN), "before"
+            applies it to ``h`` (Cho et al. 2014, https://arxiv.org/abs/1406.1078).
+        num_layers, has_biases, bidirectional, batch_first, dropout, training, batch_sizes,
+            backend: as for :func:`lstm`.
+
+    Returns:
+        ``output`` [T, B, D*H] (transposed view with ``batch_first``; packed [N, D*H]) and ``h_n``
+        [L*D, B, H].
+
+    Raises:
+        ValueError: ``input`` and weights differ in dtype, or ``weights`` has the wrong length.
+        RuntimeError: an empty sequence, or tensors of different devices or dtypes.
+
+    Autocast acts as for :func:`lstm`.
+
+    Example:
+        >>> import torch
+        >>> x, w_ih, w_hh = torch.randn(7, 2, 3), torch.randn(15, 3), torch.randn(15, 5)
+        >>> output, h_n = gru(x, None, [(w_ih, w_hh, None, None, None)])
+        >>> output.shape, h_n.shape
+        (torch.Size([7, 2, 5]), torch.Size([1, 2, 5]))
+    """
+    directions = 2 if bidirectional else 1
+    if len(weights) != num_layers * directions:
+        raise ValueError(_wrong_number_of_weights(len(weights), num_layers, directions))
+
+    autocast = _autocast_dtype(input.device.type)
+    if autocast is not None:
+        with torch.autocast(input.device.type, enabled=False):
+            return gru(
+                _cast(input, autocast),
+                None if hx is None else _cast(hx, autocast),
+                [_cast_layer(layer, autocast) for layer in weights],
+                num_layers=num_layers,
+                has_biases=has_biases,
+                bidirectional=bidirectional,
+                batch_first=batch_first,
+                dropout=dropout,
+                training=training,
+                batch_sizes=batch_sizes,
+                reset=reset,
+                backend=backend,
+            )
+
+    h0s: Sequence[Tensor]
+    first = weights[0][0]
+    if input.dtype != first.dtype or input.device != first.device:
+        _refuse_weights(input, first)
+    if hx is None:
+        batch = _batch_size(input, batch_sizes, batch_first)
+        h0s = (input.new_zeros((batch, weights[0][1].shape[1])),) * len(weights)
+    else:
+        if hx.dtype != input.dtype or hx.device != input.device:
+            _refuse_state("hx", hx, input)
+        h0s = hx.unbind(0)
+
+    x = input.transpose(0, 1) if batch_first and batch_sizes is None else input
+    if batch_sizes is None and x.shape[0] == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+    last = len(weights) - directions
+    finals: list[Tensor] = []
+    for index in range(0, len(weights), directions):
+        outputs: list[Tensor] = []
+        for i in range(index, index + directions):
+            w_ih, w_hh, b_ih, b_hh, _ = weights[i]
+            if not has_biases:
+                b_ih = b_hh = None
+            output, h_n = ops.gru(
+                x,
+                h0s[i],
+                w_ih,
+                w_hh,
+                b_ih,
+                b_hh,
+                batch_sizes,
+                reset=reset,
+                reverse=i != index,
+                backend=backend,
+            )
+            outputs.append(output)
+            finals.append(h_n)
+        x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+        if dropout and training and index != last:
+            x = F.dropout(x, dropout, training=True)
+
+    if batch_first and batch_sizes is None:
+        x = x.transpose(0, 1)
+    return x, _stack(finals)
+
+
+def _stack(finals: list[Tensor]) -> Tensor:
+    """Join the final states of all layers and directions: L*D of [B, R] to [L*D, B, R]."""
+    return finals[0].unsqueeze(0) if len(finals) == 1 else torch.stack(finals)
+
+
+def _batch_size(input: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> int:
+    if batch_sizes is not None:
+        return int(batch_sizes[0])
+    return input.shape[0 if batch_first else 1]
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype autocast asks for on this kind of device, or None where it is off."""
+    # torch has no autocast for "meta" and raises when asked about it.
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast as autocast does: float64 and integers stay what they are."""
+    if tensor.dtype == torch.float64 or not tensor.is_floating_point():
+        return tensor
+    return tensor.to(dtype)
+
+
+def _cast_layer(layer: LayerWeights, dtype: torch.dtype) -> LayerWeights:
+    w_ih, w_hh, b_ih, b_hh, w_hr = layer
+    return (
+        _cast(w_ih, dtype),
+        _cast(w_hh, dtype),
+        None if b_ih is None else _cast(b_ih, dtype),
+        None if b_hh is None else _cast(b_hh, dtype),
+        None if w_hr is None else _cast(w_hr, dtype),
+    )
+
+
+def _refuse_weights(input: Tensor, weight: Tensor) -> None:
+    if input.dtype != weight.dtype:
+        raise ValueError(
+            f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
+            f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
+        )
+    raise RuntimeError(
+        "Input and parameter tensors are not at the same device, found input tensor at "
+        f"{input.device} and parameter tensor at {weight.device}"
+    )
+
+
+def _refuse_state(name: str, state: Tensor, input: Tensor) -> None:
+    if state.dtype != input.dtype:
+        raise RuntimeError(
+            f"{name} has dtype {state.dtype}, expected {input.dtype} as the input has. "
+            f"Convert it: {name}.to({input.dtype})"
+        )
+    raise RuntimeError(
+        f"{name} is on {state.device}, expected {input.device} where the input is. "
+        f'Move it: {name}.to("{input.device}")'
+    )
+
+
+def _wrong_number_of_weights(count: int, num_layers: int, directions: int) -> str:
+    return (
+        f"weights has {count} entries, expected {num_layers * directions}: one for each of "
+        f"{num_layers} layers in {directions} direction(s)"
+    )
