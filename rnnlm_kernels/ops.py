@@ -97,8 +97,9 @@ def lstm(
         values = reference.lstm(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse)
         return *values[:3], (values[3] if return_cells else None)
     save = torch.is_grad_enabled() and _will_differentiate(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
-    run: Callable[..., tuple[Any, ...]]
-    run = _lstm if not save and _nobody_watches(x, w_ih) else torch.ops.rnnlm_kernels.lstm.default
+    run: Callable[..., tuple[Any, ...]] = torch.ops.rnnlm_kernels.lstm.default
+    if _nobody_watches(x, w_ih):
+        run = _EagerLSTM.apply if save else _lstm
     output, h_n, c_n, cells, _ = run(
         x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse, save, return_cells, backend
     )
@@ -136,8 +137,9 @@ def gru(
     if torch._C._are_functorch_transforms_active():  # see lstm
         return reference.gru(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse)
     save = torch.is_grad_enabled() and _will_differentiate(x, h0, w_ih, w_hh, b_ih, b_hh)
-    run: Callable[..., tuple[Any, ...]]
-    run = _gru if not save and _nobody_watches(x, w_ih) else torch.ops.rnnlm_kernels.gru.default
+    run: Callable[..., tuple[Any, ...]] = torch.ops.rnnlm_kernels.gru.default
+    if _nobody_watches(x, w_ih):
+        run = _EagerGRU.apply if save else _gru
     output, h_n, _ = run(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse, save, backend)
     return output, h_n
 
@@ -331,10 +333,11 @@ def _plan_gru(
 
 
 def _nobody_watches(x: Tensor, w_ih: Tensor) -> bool:
-    """Whether an eager call without gradients may skip PyTorch's dispatcher.
+    """Whether an eager call may skip PyTorch's dispatcher.
 
-    It costs about 9 us of a call whose kernel may take 2. Skipping is right when nothing could
-    intercept the call: no compiler, tracer, profiler, dispatch mode, tensor subclass or
+    The dispatcher and its Python autograd wrapper cost 9 us of a call without gradients and 50 us
+    of one with them, where the kernel may take 2. Skipping is right when nothing could intercept
+    the call: no compiler, tracer, profiler, dispatch mode, tensor subclass or
     forward-mode AD. (The callers have ruled out functional transforms.)
     """
     return (
@@ -497,7 +500,9 @@ def _lstm_backward(
             dh0 if need_h0 else None,
             dc0 if need_c0 else None,
             dgates2d.t() @ x.flatten(0, -2) if need_w_ih else None,
-            _recurrent_weight_grad(dgates, output, h0, batch_sizes, reverse) if need_w_hh else None,
+            _recurrent_weight_grad(output, h0, batch_sizes, reverse, dgates, _empty_like(w_hh))
+            if need_w_hh
+            else None,
             db if need_b_ih else None,
             (db.clone() if need_b_ih else db) if need_b_hh else None,
             dproj.flatten(0, -2).t() @ unprojected.flatten(0, -2) if need_w_hr else None,
@@ -622,14 +627,12 @@ def _gru_backward(
             db_hh[2 * hidden :] = candidate2d.sum(0)
     if need_w_hh:
         dw_hh = _empty_like(w_hh)
-        dw_hh[: 2 * hidden] = _recurrent_weight_grad(
-            dgates[..., : 2 * hidden], output, h0, batch_sizes, reverse
-        )
-        dw_hh[2 * hidden :] = (
-            _recurrent_weight_grad(candidate, output, h0, batch_sizes, reverse)
-            if reset == "after"
-            else dgates2d[:, 2 * hidden :].t() @ candidate2d
-        )
+        before = functools.partial(_recurrent_weight_grad, output, h0, batch_sizes, reverse)
+        before(dgates[..., : 2 * hidden], dw_hh[: 2 * hidden])
+        if reset == "after":
+            before(candidate, dw_hh[2 * hidden :])
+        else:
+            torch.mm(dgates2d[:, 2 * hidden :].t(), candidate2d, out=dw_hh[2 * hidden :])
     return _empty_for_none(
         x,
         (
@@ -670,19 +673,24 @@ def _input_gates(
 
 
 def _recurrent_weight_grad(
-    dgates: Tensor, output: Tensor, h0: Tensor, batch_sizes: Tensor | None, reverse: bool
+    output: Tensor,
+    h0: Tensor,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    dgates: Tensor,
+    out: Tensor,
 ) -> Tensor:
-    """``sum_t dgates_t^T h_{t-1}``, where the h before a row's first step is ``h0``."""
+    """``out = sum_t dgates_t^T h_{t-1}``, where the h before a row's first step is ``h0``."""
     if batch_sizes is not None:
         before = _packed_previous(output, h0, batch_sizes, reverse)
-        return dgates.t() @ before
+        return torch.mm(dgates.t(), before, out=out)
     first, rest, before = (
         (dgates[-1], dgates[:-1], output[1:]) if reverse else (dgates[0], dgates[1:], output[:-1])
     )
-    grad = first.t() @ h0
+    torch.mm(first.t(), h0, out=out)
     if rest.size(0):
-        grad.addmm_(rest.flatten(0, 1).t(), before.flatten(0, 1))
-    return grad
+        out.addmm_(rest.flatten(0, 1).t(), before.flatten(0, 1))
+    return out
 
 
 def _packed_previous(output: Tensor, h0: Tensor, batch_sizes: Tensor, reverse: bool) -> Tensor:
@@ -770,7 +778,7 @@ def _second_derivative(
             return [None] * len(grads), [None] * len(inputs)
         first = torch.autograd.grad(
             [o for o, _ in graded],
-            [t for t, _ in asked],
+            [t for t, _ in asked if t is not None],
             [g for _, g in graded],
             create_graph=True,
             allow_unused=True,
@@ -826,8 +834,10 @@ def _register(
     grad_names: tuple[str, ...],
     saved_names: tuple[str, ...],
     flag_names: tuple[str, ...],
-) -> None:
+) -> type[torch.autograd.Function]:
     """Define a layer operator and its backward, and wire their autograd.
+
+    Returns the same as an ``autograd.Function`` that reaches the implementation directly.
 
     ``grad_names`` are the differentiable outputs, ``saved_names`` the outputs backward reads.
     ``flag_names`` are the forward's non-tensor arguments that backward takes as well.
@@ -854,7 +864,8 @@ def _register(
 
         return operator
 
-    _library.impl(name, with_empties(forward), "CompositeExplicitAutograd")
+    direct_forward = with_empties(forward)
+    _library.impl(name, direct_forward, "CompositeExplicitAutograd")
     _library.impl(f"{name}_backward", backward, "CompositeExplicitAutograd")
     qualified = f"{_NAMESPACE}::{name}"
     torch.library.register_fake(qualified, with_empties(fake), lib=_library)
@@ -865,7 +876,7 @@ def _register(
     all_flags = [f.split()[-1] for f in flags.split(", ")]
     kept_positions = [all_flags.index(n) for n in flag_names]
     # batch_sizes follows the differentiable inputs, the flags follow batch_sizes.
-    num_tensors = num_inputs + 1
+    num_tensors, w_ih = num_inputs + 1, inputs.index("w_ih")
     # The saved outputs, by their position among the forward's outputs.
     output_names = (*grad_names, "saved")
     saved_positions = [output_names.index(n) for n in saved_names]
@@ -880,7 +891,10 @@ def _register(
         needs = list(ctx.needs_input_grad[:num_inputs])
         if all(g is None for g in grads[:num_grads]):
             return (None,) * (num_tensors + len(all_flags))
-        found = backward_op(*grads[:num_grads], *ctx.saved_tensors, *ctx.flags, needs)
+        tensors = ctx.saved_tensors
+        direct = not torch.is_grad_enabled() and _nobody_watches(tensors[0], tensors[w_ih])
+        run = backward if direct else backward_op
+        found = run(*grads[:num_grads], *tensors, *ctx.flags, needs)
         wanted = [g if need else None for g, need in zip(found, needs, strict=True)]
         return (*wanted, *([None] * (1 + len(all_flags))))
 
@@ -914,8 +928,23 @@ def _register(
         lib=_library,
     )
 
+    # In one step: with a setup_context of its own, apply() inspects signatures on every call.
+    def forward_and_setup(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        output = direct_forward(*args)
+        setup(ctx, args, output)
+        return output
 
-_register(
+    return type(
+        f"Eager{name.upper()}",
+        (torch.autograd.Function,),
+        {
+            "forward": staticmethod(forward_and_setup),
+            "backward": staticmethod(autograd_backward),
+        },
+    )
+
+
+_EagerLSTM = _register(
     "lstm",
     _LSTM_INPUTS,
     _LSTM_ARGUMENTS,
@@ -929,7 +958,7 @@ _register(
     ("output", "cells", "saved"),
     ("reverse", "return_cells", "backend"),
 )
-_register(
+_EagerGRU = _register(
     "gru",
     _GRU_INPUTS,
     _GRU_ARGUMENTS,

@@ -32,51 +32,61 @@ constexpr int max_rows(int nv) {
   const int rows = (kVectorRegisters - nv - 1) / nv;
   return rows > 8 ? 8 : rows;
 }
-constexpr int kMaxRows = 8;
 constexpr int kMaxVectors = 4;
+constexpr int kRowsAtOnce = 48;  // whose sums, inputs and piece of the panel fit the L1 cache
 
 // Multiply-adds in one chain. A float32 sum of a thousand terms in a single chain loses three times
-// the bits that a blocked one does.
+// the bits that a blocked one does; and this much of a panel stays in the L1 cache for all rows.
 constexpr int64_t kChain = 128;
 
-// acc is [MR][NV][kLanes]; init is [NV][kLanes] or null for zero.
+// acc[MR][NV][kLanes] (+)= the part of the sums over k < K. `base` is what to add it to: acc
+// itself, [NV][kLanes] for every row (`base_step` 0), or null for zero.
 template <class T, int NV, int MR>
-void product(const T* a, int64_t lda, int64_t K, const T* panel, const T* init, T* acc) {
+void chain(const T* a, int64_t lda, int64_t K, const T* panel, const T* base, int64_t base_step,
+           T* acc) {
   constexpr int L = kLanes<T>;
-  for (int64_t k0 = 0; k0 < K; k0 += kChain) {
-    const int64_t end = min64(k0 + kChain, K);
-    Vec<T> sum[MR][NV] = {};
-    for (int64_t k = k0; k < end; ++k, panel += NV * L) {
-      Vec<T> w[NV];
+  Vec<T> sum[MR][NV] = {};
+  for (int64_t k = 0; k < K; ++k, panel += NV * L) {
+    Vec<T> w[NV];
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) w[v] = load(panel + v * L);
+    for (int v = 0; v < NV; ++v) w[v] = load(panel + v * L);
 #pragma GCC unroll 8
-      for (int m = 0; m < MR; ++m) {
-        const Vec<T> x = splat(a[m * lda + k]);
+    for (int m = 0; m < MR; ++m) {
+      const Vec<T> x = splat(a[m * lda + k]);
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) sum[m][v] = fma(x, w[v], sum[m][v]);
-      }
+      for (int v = 0; v < NV; ++v) sum[m][v] = fma(x, w[v], sum[m][v]);
     }
-#pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) {
-        T* out = acc + (m * NV + v) * L;
-        if (k0) {
-          store(out, load(out) + sum[m][v]);
-        } else {
-          store(out, init ? load(init + v * L) + sum[m][v] : sum[m][v]);
-        }
-      }
   }
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      if (base) sum[m][v] = load(base + m * base_step + v * L) + sum[m][v];
+      store(acc + (m * NV + v) * L, sum[m][v]);
+    }
 }
 
 template <class T, int NV, int MR = 1>
-void product_rows(int rows, const T* a, int64_t lda, int64_t K, const T* panel, const T* init,
-                  T* acc) {
+RNNLM_INLINE void chain_rows(int rows, const T* a, int64_t lda, int64_t K, const T* panel,
+                             const T* base, int64_t base_step, T* acc) {
   if constexpr (MR <= max_rows(NV)) {
-    if (rows == MR) return product<T, NV, MR>(a, lda, K, panel, init, acc);
-    product_rows<T, NV, MR + 1>(rows, a, lda, K, panel, init, acc);
+    if (rows == MR) return chain<T, NV, MR>(a, lda, K, panel, base, base_step, acc);
+    chain_rows<T, NV, MR + 1>(rows, a, lda, K, panel, base, base_step, acc);
+  }
+}
+
+// Sums of `rows` rows of a with one panel.
+template <class T, int NV>
+void product(int rows, const T* a, int64_t lda, int64_t K, const T* panel, const T* init, T* acc) {
+  constexpr int L = kLanes<T>;
+  const int groups = int(ceil_div(rows, max_rows(NV)));  // of nearly equal size
+  for (int64_t k = 0; k < K; k += kChain) {
+    for (int g = 0; g < groups; ++g) {
+      const int begin = rows * g / groups, end = rows * (g + 1) / groups;
+      T* out = acc + begin * NV * L;
+      chain_rows<T, NV>(end - begin, a + begin * lda + k, lda, min64(kChain, K - k),
+                        panel + k * NV * L, k ? out : init, k ? NV * L : 0, out);
+    }
   }
 }
 
@@ -135,51 +145,68 @@ struct Matrix {
       store(packed + v * L, load(b + line(block, v), lanes(block, v)));
   }
 
-  // acc [rows][NV][L] for `rows` <= max_rows(NV) rows of a.
+  // acc [rows][NV][L] for up to kRowsAtOnce rows of a.
   void multiply(int64_t block, int rows, const T* a, int64_t lda, T* acc) const {
     const T* init = bias ? bias + block * vectors * L : nullptr;
     if (!panels) return multiply_unpacked(block, rows, a, lda, init, acc);
     const T* panel = panels + block * panel_size();
     switch (vectors) {
-      case 1:
-        return product_rows<T, 1>(rows, a, lda, depth, panel, init, acc);
       case 2:
-        return product_rows<T, 2>(rows, a, lda, depth, panel, init, acc);
+        return product<T, 2>(rows, a, lda, depth, panel, init, acc);
       case 3:
-        return product_rows<T, 3>(rows, a, lda, depth, panel, init, acc);
+        return product<T, 3>(rows, a, lda, depth, panel, init, acc);
       default:
-        return product_rows<T, 4>(rows, a, lda, depth, panel, init, acc);
+        return product<T, 4>(rows, a, lda, depth, panel, init, acc);
     }
   }
 
-  // For so few rows in all that packing would cost more than it saves: dot products along the rows
-  // of w, four at a time.
+  // For so few rows in all that packing would cost more than it saves.
   void multiply_unpacked(int64_t block, int rows, const T* a, int64_t lda, const T* init,
                          T* acc) const {
-    const int64_t whole = depth / L * L;
-    for (int v = 0; v < vectors; ++v) {
-      const int64_t n = lanes(block, v);
-      const S* line0 = w + line(block, v) * ld;
-      for (int m = 0; m < rows; ++m) {
-        const T* x = a + m * lda;
+    for (int m = 0; m < rows; ++m) {
+      for (int v = 0; v < vectors; ++v) {
         T* out = acc + (m * vectors + v) * L;
-        for (int64_t l = 0; l < L; ++l) out[l] = init ? init[v * L + l] : T(0);
-        for (int64_t l = 0; l < n; l += 4) {
-          Vec<T> dot[4] = {};
-          const S* row[4];
-          for (int j = 0; j < 4; ++j) row[j] = line0 + min64(l + j, n - 1) * ld;
-          for (int64_t k = 0; k < whole; k += L) {
-            const Vec<T> xk = load(x + k);
-            for (int j = 0; j < 4; ++j) dot[j] = fma(xk, load(row[j] + k), dot[j]);
-          }
-          if (whole < depth) {
-            const Vec<T> xk = load(x + whole, depth - whole);
-            for (int j = 0; j < 4; ++j)
-              dot[j] = fma(xk, load(row[j] + whole, depth - whole), dot[j]);
-          }
-          for (int j = 0; j < 4 && l + j < n; ++j) out[l + j] += sum<T>(dot[j]);
-        }
+        store(out, init ? load(init + v * L) : Vec<T>{});
       }
+      if (columns)
+        add_columns(block, a + m * lda, acc + m * vectors * L);
+      else
+        for (int v = 0; v < vectors; ++v)
+          add_dots(block, v, a + m * lda, acc + (m * vectors + v) * L);
+    }
+  }
+
+  // Dot products along the rows of w, four at a time.
+  void add_dots(int64_t block, int v, const T* x, T* out) const {
+    const int64_t whole = depth / L * L, n = lanes(block, v);
+    const S* first = w + line(block, v) * ld;
+    for (int64_t l = 0; l < n; l += 4) {
+      Vec<T> dot[4] = {};
+      const S* row[4];
+      for (int j = 0; j < 4; ++j) row[j] = first + min64(l + j, n - 1) * ld;
+      for (int64_t k = 0; k < whole; k += L) {
+        const Vec<T> xk = load(x + k);
+        for (int j = 0; j < 4; ++j) dot[j] = fma(xk, load(row[j] + k), dot[j]);
+      }
+      if (whole < depth) {
+        const Vec<T> xk = load(x + whole, depth - whole);
+        for (int j = 0; j < 4; ++j) dot[j] = fma(xk, load(row[j] + whole, depth - whole), dot[j]);
+      }
+      for (int j = 0; j < 4 && l + j < n; ++j) out[l + j] += sum<T>(dot[j]);
+    }
+  }
+
+  // Multiples of the rows of w, in the order of `chain`.
+  void add_columns(int64_t block, const T* x, T* out) const {
+    for (int64_t k0 = 0; k0 < depth; k0 += kChain) {
+      Vec<T> sums[kMaxVectors] = {};
+      for (int64_t k = k0; k < min64(k0 + kChain, depth); ++k) {
+        const Vec<T> xk = splat(x[k]);
+        const S* row = w + k * ld + line(block, 0);
+        for (int v = 0; v < vectors; ++v)
+          sums[v] = fma(xk, load(row + v * L, lanes(block, v)), sums[v]);
+      }
+      for (int v = 0; v < vectors; ++v) store(out + v * L, load(out + v * L) + sums[v]);
     }
   }
 };

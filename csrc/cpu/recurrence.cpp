@@ -141,17 +141,6 @@ struct Place {
   void meet_rows() const { rows_barrier->wait(split.unit_groups); }
 };
 
-// Calls f(row, count) for groups of at most `most` rows of nearly equal size.
-template <class F>
-RNNLM_INLINE void row_groups(Range rows, int most, F f) {
-  const int64_t n = rows.end - rows.begin;
-  const int64_t groups = ceil_div(n, most);
-  for (int64_t g = 0; g < groups; ++g) {
-    const int64_t begin = rows.begin + n * g / groups, end = rows.begin + n * (g + 1) / groups;
-    f(begin, int(end - begin));
-  }
-}
-
 // Computes M's outputs for a range of rows, block by block, and hands each row's piece to f(row,
 // unit, lanes, accumulators of the block's vectors): once a block for gates, once a vector else.
 template <class S, class F>
@@ -159,10 +148,11 @@ RNNLM_INLINE void for_each_output(const Matrix<S>& m, const Place& place, Range 
                                   const Arithmetic<S>* a, int64_t lda, F f) {
   using T = Arithmetic<S>;
   constexpr int L = kLanes<T>;
-  alignas(64) T acc[kMaxRows * kMaxVectors * L];
+  alignas(64) T acc[kRowsAtOnce * kMaxVectors * L];
   const Range blocks = place.blocks(m.blocks());
   for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-    row_groups(rows, max_rows(m.vectors), [&](int64_t row, int count) {
+    for (int64_t row = rows.begin; row < rows.end; row += kRowsAtOnce) {
+      const int count = int(min64(kRowsAtOnce, rows.end - row));
       m.multiply(block, count, a + row * lda, lda, acc);
       for (int i = 0; i < count; ++i) {
         const T* sums = acc + i * m.vectors * L;
@@ -173,7 +163,7 @@ RNNLM_INLINE void for_each_output(const Matrix<S>& m, const Place& place, Range 
             f(row + i, m.unit(block, v), m.lanes(block, v), sums + v * L);
         }
       }
-    });
+    }
   }
 }
 
@@ -491,8 +481,9 @@ class LstmBackwardTask {
         r_ld_(ceil_div(width_, L) * L),
         recurrent_(columns<S>(p.w_hh, width_, 4 * p.hidden)),
         unproject_(columns<S>(p.w_hr, p.hidden, p.proj)) {
-    recurrent_.reserve(arena, true, nullptr);
-    if (p.proj) unproject_.reserve(arena, true, nullptr);
+    const bool pack = worth_packing(p.seq);
+    recurrent_.reserve(arena, pack, nullptr);
+    if (p.proj) unproject_.reserve(arena, pack, nullptr);
     for (T*& d : dgates_) d = arena.take<T>(p.seq.batch * gate_ld_);
     dc_ = arena.take<T>(p.seq.batch * c_ld_);
     if (p.proj) dr_ = arena.take<T>(p.seq.batch * r_ld_);
@@ -764,9 +755,10 @@ class GruBackwardTask {
         recurrent_(columns<S>(p.w_hh, p.hidden, depth_)),
         candidate_(columns<S>(static_cast<const S*>(p.w_hh) + 2 * p.hidden * p.hidden, p.hidden,
                               p.hidden)) {
-    recurrent_.reserve(arena, true, nullptr);
+    const bool pack = worth_packing(p.seq);
+    recurrent_.reserve(arena, pack, nullptr);
     if (p.reset_before) {
-      candidate_.reserve(arena, true, nullptr);
+      candidate_.reserve(arena, pack, nullptr);
       da_n_ = arena.take<T>(p.seq.batch * ld_);
     }
     for (T*& d : dgates_) d = arena.take<T>(p.seq.batch * depth_);

@@ -99,7 +99,7 @@ RNNLM_INLINE V fma(V a, V b, V c) {
 
 template <class T>
 RNNLM_INLINE Vec<T> splat(T x) {
-  return Vec<T>{} + x;
+  return x - Vec<T>{};  // not {} + x, which costs an addition: it turns -0 into +0
 }
 
 // Sum of the lanes, halves added pairwise: a fixed order, whatever the compiler likes.
