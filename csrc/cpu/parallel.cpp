@@ -1,6 +1,7 @@
 #include "parallel.h"
 
 #include <dlfcn.h>
+#include <pthread.h>
 
 #include <atomic>
 #include <cstdlib>
@@ -77,6 +78,9 @@ const OpenMP& openmp() {
   return found;
 }
 
+// A forked child has none of its parent's threads, and GNU's runtime waits for them for ever.
+bool in_forked_child = false;
+
 struct Call {
   Body body;
   void* context;
@@ -125,8 +129,10 @@ void pause() {
 
 void parallel(int threads, Body body, void* context) {
   if (threads <= 1) return body(context, 0, 1);
+  static const int watch_forks = pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
+  static_cast<void>(watch_forks);
   Call call{body, context};
-  if (openmp()) {
+  if (openmp() && !in_forked_child) {
     openmp().parallel(enter_team, &call, unsigned(threads), 0);
   } else {
     spawn_team(threads, call);

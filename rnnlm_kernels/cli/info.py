@@ -110,6 +110,8 @@ def _pairs(title: str, data: dict[str, Any]) -> Table:
     pairs.show_header = False
     pairs.columns[1].no_wrap = False
     for name, value in data.items():
+        if isinstance(value, dict):
+            value = [f"{key}: {item}" for key, item in value.items()]
         text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
         pairs.add_row(name, text or "none")
     return pairs
