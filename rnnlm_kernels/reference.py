@@ -112,7 +112,8 @@ def _scan(
     if batch_sizes is None:
         steps = list(gates_x.unbind(0))
     else:
-        steps = list(gates_x.split(batch_sizes.tolist()))
+        # Not tolist(): under torch.func, torch 2.6 cannot read a whole tensor.
+        steps = list(gates_x.split([rows.item() for rows in batch_sizes]))
     trace: list[State] = []
     for gates in reversed(steps) if reverse else steps:
         rows = gates.size(0)

@@ -106,7 +106,9 @@ class _Layers(torch.nn.RNNBase):
         self, input: PackedSequence, hx: Any
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int]:
         """The parts of a packed input and its batch size."""
-        data, batch_sizes, sorted_indices, unsorted_indices = input
+        # By name: torch 2.6 can trace these, but not unpacking them.
+        data, batch_sizes = input.data, input.batch_sizes
+        sorted_indices, unsorted_indices = input.sorted_indices, input.unsorted_indices
         if data.dim() != 2:
             raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
         if batch_sizes.size(0) == 0:

@@ -1,0 +1,134 @@
+"""The recurrent layers as PyTorch operators: one operator call per layer and direction.
+
+``torch.ops.rnnlm_kernels.lstm`` and ``.gru`` span the input projection and the recurrence of one
+layer in one direction; ``.lstm_backward`` and ``.gru_backward`` return all gradients. Everything
+that is one big parallel operation (the projection, the weight gradients) is a PyTorch GEMM here;
+only the sequential part is handed to a backend. This package alone allocates outputs, checks
+tensors and knows about autograd.
+
+Spanning the projection is what lets backward recompute: the input is saved anyway (for the weight
+gradient), so second derivatives and low-memory training need nothing else.
+
+Second derivatives: the backward operators are differentiable themselves, through the plain PyTorch
+:mod:`rnnlm_kernels.reference`. That code runs only when a second derivative is really taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from . import gru_layer, lstm_layer
+from .planning import nobody_watches
+
+
+def lstm(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    w_hr: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
+    *,
+    reverse: bool = False,
+    return_cells: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """One LSTM layer in one direction; shapes as in :func:`rnnlm_kernels.reference.lstm`.
+
+    All tensors share one floating-point dtype and one device; 16-bit dtypes keep their state and
+    arithmetic in float32.
+
+    Args:
+        x: ``[T, B, I]``, or the ``data [N, I]`` of a ``PackedSequence`` with its ``batch_sizes``.
+        h0, c0: ``[B, R]``, ``[B, H]``. w_ih: ``[4H, I]``. w_hh: ``[4H, R]``. b_ih, b_hh: ``[4H]``.
+        w_hr: projection ``[R, H]``; None means R = H.
+        batch_sizes: int64 ``[T]`` on the CPU, or None for dense input.
+        reverse: run from each row's own last step to step 0.
+        return_cells: also return the cell state of every step.
+        backend: name, ``"auto"``, or None (``RNNLM_BACKEND``, then automatic).
+
+    Returns:
+        ``output [T, B, R]`` (packed ``[N, R]``), ``h_n [B, R]``, ``c_n [B, H]``, and
+        ``cells [T, B, H]`` (packed ``[N, H]``) or None.
+
+    Raises:
+        RuntimeError, ValueError: a shape, dtype or device does not fit; the message names it.
+        BackendError: the requested backend cannot run this problem.
+
+    Example:
+        >>> x, h0, c0 = torch.randn(5, 2, 3), torch.zeros(2, 4), torch.zeros(2, 4)
+        >>> output, h_n, c_n, cells = lstm(x, h0, c0, torch.randn(16, 3), torch.randn(16, 4))
+        >>> output.shape, cells
+        (torch.Size([5, 2, 4]), None)
+    """
+    if torch._C._are_functorch_transforms_active():
+        # torch.func differentiates and batches plain PyTorch, not autograd formulas of operators.
+        values = reference.lstm(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse)
+        return *values[:3], (values[3] if return_cells else None)
+    save = torch.is_grad_enabled() and _will_differentiate(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
+    run: Callable[..., tuple[Any, ...]] = torch.ops.rnnlm_kernels.lstm.default
+    if nobody_watches(x, w_ih):
+        run = lstm_layer.Eager.apply if save else lstm_layer.forward
+    output, h_n, c_n, cells, _ = run(
+        x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse, save, return_cells, backend
+    )
+    return output, h_n, c_n, (cells.to(x.dtype) if return_cells else None)
+
+
+def gru(
+    x: Tensor,
+    h0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
+    *,
+    reset: str = "after",
+    reverse: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One GRU layer in one direction; arguments as in :func:`lstm` with 3 gates instead of 4.
+
+    Args:
+        reset: ``"after"`` (PyTorch, cuDNN) or ``"before"`` (Cho et al., 2014); see
+            :func:`rnnlm_kernels.reference.gru_cell`.
+
+    Returns:
+        ``output [T, B, H]`` (packed ``[N, H]``) and ``h_n [B, H]``.
+
+    Example:
+        >>> x, h0 = torch.randn(5, 2, 3), torch.zeros(2, 4)
+        >>> output, h_n = gru(x, h0, torch.randn(12, 3), torch.randn(12, 4), reset="before")
+        >>> torch.equal(output[-1], h_n)
+        True
+    """
+    if torch._C._are_functorch_transforms_active():  # see lstm
+        return reference.gru(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse)
+    save = torch.is_grad_enabled() and _will_differentiate(x, h0, w_ih, w_hh, b_ih, b_hh)
+    run: Callable[..., tuple[Any, ...]] = torch.ops.rnnlm_kernels.gru.default
+    if nobody_watches(x, w_ih):
+        run = gru_layer.Eager.apply if save else gru_layer.forward
+    output, h_n, _ = run(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse, save, backend)
+    return output, h_n
+
+
+def _will_differentiate(*tensors: Tensor | None) -> bool:
+    """Whether forward should save for backward. (If it does not, backward runs it again.)"""
+    for tensor in tensors:
+        if tensor is not None and tensor.requires_grad:
+            # What is traced or exported is meant for inference.
+            return torch._C._get_tracing_state() is None and not _is_exporting()
+    return False
+
+
+# torch 2.6 does not tell; it then saves what an exported program may not need.
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)

@@ -1,0 +1,174 @@
+"""The GRU operator: one layer in one direction, in both variants of the reset gate."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import BACKENDS
+from .checks import check_batch_sizes, check_layer
+from .derivatives import reference_backward
+from .planning import plan_layer
+from .products import (
+    contiguous,
+    empty_contiguous_like,
+    empty_for_none,
+    input_gates,
+    recurrent_weight_grad,
+)
+from .registration import register
+
+
+def _outputs(
+    x: Tensor, h0: Tensor, save: bool, reset: str, module: ModuleType
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Uninitialised output, h_n, saved (r, z, n and, for reset-after, W_hn h + b_hn)."""
+    steps, hidden = x.shape[:-1], h0.shape[1]
+    saved = None
+    if save and module.SAVES_GATES:
+        saved = x.new_empty((*steps, (4 if reset == "after" else 3) * hidden))
+    return x.new_empty((*steps, hidden)), empty_contiguous_like(h0), saved
+
+
+def forward(
+    x: Tensor,
+    h0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    batch_sizes: Tensor | None,
+    reset: str,
+    reverse: bool,
+    save: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    check_layer(3, x, h0, None, w_ih, w_hh, b_ih, b_hh, None, batch_sizes)
+    if batch_sizes is not None:
+        check_batch_sizes(x, h0, batch_sizes)
+    module, options = plan_layer(
+        "gru", x, w_ih, w_hh, batch_sizes, reverse, save, backend, reset=reset
+    )
+    outputs = _outputs(x, h0, save, reset, module)
+    if module is BACKENDS["reference"]:
+        values = reference.gru(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse)
+        outputs[0].copy_(values[0])
+        outputs[1].copy_(values[1])
+    elif outputs[1].numel():
+        module.gru_forward(
+            *input_gates(module, x, w_ih, b_ih),
+            *contiguous(w_hh, b_hh, h0, batch_sizes),
+            options,
+            *outputs,
+        )
+    return outputs
+
+
+def _fake(
+    x: Tensor,
+    h0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    batch_sizes: Tensor | None,
+    reset: str,
+    reverse: bool,
+    save: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    check_layer(3, x, h0, None, w_ih, w_hh, b_ih, b_hh, None, batch_sizes)
+    module, _ = plan_layer("gru", x, w_ih, w_hh, batch_sizes, reverse, save, backend, reset=reset)
+    return _outputs(x, h0, save, reset, module)
+
+
+def _backward(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    x: Tensor,
+    h0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    batch_sizes: Tensor | None,
+    output: Tensor,
+    saved: Tensor,
+    reset: str,
+    reverse: bool,
+    backend: str | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    module, options = plan_layer(
+        "gru", x, w_ih, w_hh, batch_sizes, reverse, True, backend, reset=reset
+    )
+    inputs = (x, h0, w_ih, w_hh, b_ih, b_hh)
+    if module is BACKENDS["reference"]:
+        layer = functools.partial(
+            reference.gru, batch_sizes=batch_sizes, reset=reset, reverse=reverse
+        )
+        return empty_for_none(x, reference_backward(layer, inputs, (grad_output, grad_h_n), needs))
+    if x.size(0) and not saved.numel():
+        # Forward ran without saving (traced or called without grad): run it again.
+        again: Any = forward(*inputs, batch_sizes, reset, reverse, True, backend)
+        output, _, saved = again
+    hidden = h0.size(1)
+    dgates = x.new_empty((*x.shape[:-1], 3 * hidden))
+    # reset-after: gradient of W_hn h + b_hn; reset-before: r * h, what W_hn was applied to.
+    candidate = torch.empty_like(output)
+    dh0 = empty_contiguous_like(h0)
+    if h0.size(0):
+        module.gru_backward(
+            *contiguous(grad_output, grad_h_n, w_hh, h0, output, saved, batch_sizes),
+            options,
+            dgates,
+            candidate,
+            dh0,
+        )
+    dgates2d, candidate2d = dgates.flatten(0, -2), candidate.flatten(0, -2)
+    need_x, need_h0, need_w_ih, need_w_hh, need_b_ih, need_b_hh = needs
+    db_ih: Any = dgates2d.sum(0) if need_b_ih or need_b_hh else None
+    db_hh = dw_hh = None
+    if need_b_hh:
+        db_hh = db_ih.clone()
+        if reset == "after":
+            db_hh[2 * hidden :] = candidate2d.sum(0)
+    if need_w_hh:
+        dw_hh = empty_contiguous_like(w_hh)
+        before = functools.partial(recurrent_weight_grad, output, h0, batch_sizes, reverse)
+        before(dgates[..., : 2 * hidden], dw_hh[: 2 * hidden])
+        if reset == "after":
+            before(candidate, dw_hh[2 * hidden :])
+        else:
+            torch.mm(dgates2d[:, 2 * hidden :].t(), candidate2d, out=dw_hh[2 * hidden :])
+    return empty_for_none(
+        x,
+        (
+            (dgates2d @ w_ih).view(x.shape) if need_x else None,
+            dh0 if need_h0 else None,
+            dgates2d.t() @ x.flatten(0, -2) if need_w_ih else None,
+            dw_hh,
+            db_ih if need_b_ih else None,
+            db_hh,
+        ),
+    )
+
+
+Eager = register(
+    "gru",
+    inputs=("x", "h0", "w_ih", "w_hh", "b_ih?", "b_hh?"),
+    flags=("str reset", "bool reverse", "bool save", "str? backend"),
+    grads=("output", "h_n"),
+    saved=("output", "saved"),
+    backward_flags=("reset", "reverse", "backend"),
+    forward=forward,
+    fake=_fake,
+    backward=_backward,
+    layer=reference.gru,
+)

@@ -1,0 +1,228 @@
+"""The LSTM operator: one layer in one direction."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import BACKENDS
+from ..reference import state_dtype
+from .checks import check_batch_sizes, check_layer
+from .derivatives import reference_backward
+from .planning import plan_layer
+from .products import (
+    contiguous,
+    empty_contiguous_like,
+    empty_for_none,
+    input_gates,
+    recurrent_weight_grad,
+)
+from .registration import register
+
+
+def _outputs(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    save: bool,
+    return_cells: bool,
+    module: ModuleType,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Uninitialised output, h_n, c_n, cells, saved; the last two are None when not wanted."""
+    steps, hidden = x.shape[:-1], c0.shape[1]
+    cells = saved = None
+    if save or return_cells:
+        cells = x.new_empty((*steps, hidden), dtype=state_dtype(x.dtype))
+    if save and module.SAVES_GATES:
+        saved = x.new_empty((*steps, 4 * hidden))
+    output = x.new_empty((*steps, h0.shape[1]))
+    return output, empty_contiguous_like(h0), empty_contiguous_like(c0), cells, saved
+
+
+def forward(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    save: bool,
+    return_cells: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    check_layer(4, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes)
+    if batch_sizes is not None:
+        check_batch_sizes(x, h0, batch_sizes)
+    module, options = plan_layer(
+        "lstm",
+        x,
+        w_ih,
+        w_hh,
+        batch_sizes,
+        reverse,
+        save,
+        backend,
+        return_cells=return_cells,
+        proj=w_hr is not None,
+    )
+    outputs = _outputs(x, h0, c0, save, return_cells, module)
+    if module is BACKENDS["reference"]:
+        values = reference.lstm(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse)
+        for out, value in zip(outputs, values, strict=False):
+            if out is not None:
+                out.copy_(value)
+    elif outputs[1].numel() or outputs[2].numel():
+        module.lstm_forward(
+            *input_gates(module, x, w_ih, b_ih),
+            *contiguous(w_hh, b_hh, w_hr, h0, c0, batch_sizes),
+            options,
+            *outputs,
+        )
+    return outputs
+
+
+def _fake(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    save: bool,
+    return_cells: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    check_layer(4, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes)
+    module, _ = plan_layer(
+        "lstm",
+        x,
+        w_ih,
+        w_hh,
+        batch_sizes,
+        reverse,
+        save,
+        backend,
+        return_cells=return_cells,
+        proj=w_hr is not None,
+    )
+    return _outputs(x, h0, c0, save, return_cells, module)
+
+
+def _backward(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    grad_cells: Tensor | None,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    output: Tensor,
+    cells: Tensor,
+    saved: Tensor,
+    reverse: bool,
+    return_cells: bool,
+    backend: str | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    module, options = plan_layer(
+        "lstm",
+        x,
+        w_ih,
+        w_hh,
+        batch_sizes,
+        reverse,
+        True,
+        backend,
+        return_cells=return_cells,
+        proj=w_hr is not None,
+    )
+    inputs = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
+    if module is BACKENDS["reference"]:
+        return empty_for_none(
+            x,
+            reference_backward(
+                functools.partial(reference.lstm, batch_sizes=batch_sizes, reverse=reverse),
+                inputs,
+                (grad_output, grad_h_n, grad_c_n, grad_cells),
+                needs,
+            ),
+        )
+    if x.size(0) and not saved.numel():
+        # Forward ran without saving (traced or called without grad): run it again.
+        again: Any = forward(*inputs, batch_sizes, reverse, True, return_cells, backend)
+        output, _, _, cells, saved = again
+    hidden, steps = c0.size(1), x.shape[:-1]
+    dgates = x.new_empty((*steps, 4 * hidden))
+    dh0, dc0 = empty_contiguous_like(h0), empty_contiguous_like(c0)
+    # With a projection: the gradient of each step's projected h, and h before the projection.
+    dproj: Any = None if w_hr is None else torch.empty_like(output)
+    unprojected: Any = None if w_hr is None else x.new_empty((*steps, hidden))
+    if h0.size(0):
+        module.lstm_backward(
+            *contiguous(grad_output, grad_h_n, grad_c_n, grad_cells, w_hh, w_hr, h0, c0),
+            *contiguous(output, cells, saved, batch_sizes),
+            options,
+            dgates,
+            dh0,
+            dc0,
+            dproj,
+            unprojected,
+        )
+    dgates2d = dgates.flatten(0, -2)
+    need_x, need_h0, need_c0, need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr = needs
+    dw_hh = None
+    if need_w_hh:
+        dw_hh = empty_contiguous_like(w_hh)
+        recurrent_weight_grad(output, h0, batch_sizes, reverse, dgates, dw_hh)
+    db: Any = dgates2d.sum(0) if need_b_ih or need_b_hh else None
+    return empty_for_none(
+        x,
+        (
+            (dgates2d @ w_ih).view(x.shape) if need_x else None,
+            dh0 if need_h0 else None,
+            dc0 if need_c0 else None,
+            dgates2d.t() @ x.flatten(0, -2) if need_w_ih else None,
+            recurrent_weight_grad(
+                output, h0, batch_sizes, reverse, dgates, empty_contiguous_like(w_hh)
+            )
+            if need_w_hh
+            else None,
+            db if need_b_ih else None,
+            (db.clone() if need_b_ih else db) if need_b_hh else None,
+            dproj.flatten(0, -2).t() @ unprojected.flatten(0, -2) if need_w_hr else None,
+        ),
+    )
+
+
+Eager = register(
+    "lstm",
+    inputs=("x", "h0", "c0", "w_ih", "w_hh", "b_ih?", "b_hh?", "w_hr?"),
+    flags=("bool reverse", "bool save", "bool return_cells", "str? backend"),
+    grads=("output", "h_n", "c_n", "cells"),
+    saved=("output", "cells", "saved"),
+    backward_flags=("reverse", "return_cells", "backend"),
+    forward=forward,
+    fake=_fake,
+    backward=_backward,
+    layer=reference.lstm,
+)
