@@ -312,9 +312,12 @@ class InputGates {
     if (gates_) return;
     x_ = static_cast<const S*>(p.x);
     rows_ = total_rows(seq);
-    ld_ = ceil_div(p.input, kLanes<T>) * kLanes<T>;
+    ld_ = p.input;
     weights_.reserve(arena, false, p.b_ih);
-    copy_ = arena.take<T>(rows_ * ld_);
+    if (sizeof(S) != sizeof(T)) {
+      ld_ = ceil_div(p.input, kLanes<T>) * kLanes<T>;
+      copy_ = arena.take<T>(rows_ * ld_);
+    }
     gates_ = computed_ = arena.take<S>(rows_ * width);
   }
 
@@ -323,14 +326,20 @@ class InputGates {
   // Each thread computes a share of the units; the caller lets all meet before they are read.
   void compute(const Place& place) {
     if (!computed_) return;
-    if (place.thread == 0) copy_rows<S>(x_, weights_.depth, {0, rows_}, copy_, ld_);
+    const T* x;
+    if constexpr (sizeof(S) == sizeof(T)) {
+      x = x_;
+    } else {
+      if (place.thread == 0) copy_rows<S>(x_, weights_.depth, {0, rows_}, copy_, ld_);
+      place.meet_all();
+      x = copy_;
+    }
     const Range blocks = place.everything(weights_.blocks());
-    for (int64_t b = blocks.begin; b < blocks.end; ++b) weights_.pack_bias_if_any(b);
-    place.meet_all();
     alignas(64) T sums[kMaxVectors * kLanes<T>];
     for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+      weights_.pack_bias_if_any(b);
       for (int64_t row = 0; row < rows_; ++row) {
-        weights_.multiply(b, 1, copy_ + row * ld_, ld_, sums);
+        weights_.multiply(b, 1, x + row * ld_, ld_, sums);
         for (int v = 0; v < weights_.vectors && weights_.lanes(b, v) > 0; ++v)
           store(computed_ + row * weights_.units + weights_.unit(b, v), load(sums + v * kLanes<T>),
                 weights_.lanes(b, v));

@@ -42,7 +42,7 @@ def plan(problem: Problem) -> Plan:
     return Plan(
         "cpu",
         f"fused {problem.cell}, {arithmetic} arithmetic",
-        f"{info['isa']}, up to {torch.get_num_threads()} threads of {info['threads_from']}",
+        f"{info['isa']}, torch's threads ({info['threads_from']})",
         supports(problem)[1],
     )
 
