@@ -60,7 +60,7 @@ def _plan(problem: Problem, backend: str, source: str) -> Plan:
         refusals = "; ".join(f"{name}: {reason}" for name, (_, reason) in verdicts.items())
         raise BackendError(f"no backend can run {problem}: {refusals}")
     chosen = BACKENDS[able[0]].plan(problem)
-    if chosen.backend == "reference":
+    if chosen.backend == "reference" and problem.device_type != "meta":
         _warn_slow(verdicts, problem.device_type)
     return chosen
 

@@ -98,10 +98,17 @@ def assert_same(actual: Any, expected: Any, tolerance: float = 1e-12) -> None:
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-def raised(call: Callable[[], Any]) -> tuple[type[BaseException], str]:
-    """The exception a call ends in: its type and message."""
+def refusal(call: Callable[[], Any]) -> tuple[type[BaseException], str] | None:
+    """The exception a call ends in: its type and message; None when it returns."""
     try:
         call()
     except Exception as error:
         return type(error), str(error)
-    raise AssertionError("no exception was raised")
+    return None
+
+
+def raised(call: Callable[[], Any]) -> tuple[type[BaseException], str]:
+    """The exception a call has to end in: its type and message."""
+    found = refusal(call)
+    assert found is not None, "no exception was raised"
+    return found

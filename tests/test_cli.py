@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+import rnnlm_kernels
 from rnnlm_kernels import __version__, check
 from rnnlm_kernels.bench import harness
 from rnnlm_kernels.bench.contenders import our_layer
@@ -38,6 +40,19 @@ class Outcome:
             raise result.exception
 
 
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Another Python that imports the package under test, be it installed or not."""
+    source = str(Path(rnnlm_kernels.__file__).parents[1])
+    path = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+
+
 def break_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make every layer of ours compute with one weight changed."""
 
@@ -52,13 +67,8 @@ def break_layers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_python_m_is_the_command() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "rnnlm_kernels", "--version"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout == f"rnnlm-kernels {__version__}\n"
+    done = python("-m", "rnnlm_kernels", "--version")
+    assert done.stdout == f"rnnlm-kernels {__version__}\n", done.stderr
 
 
 def test_help_teaches_the_commands_and_first_steps() -> None:
@@ -225,12 +235,7 @@ def test_two_results_can_be_compared(tmp_path: Path) -> None:
     ours.median_us /= 4
     old.save(tmp_path / "faster.json")
     script = Path(__file__).parents[1] / "benchmarks" / "compare.py"
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "custom.json"), str(tmp_path / "faster.json")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = python(str(script), str(tmp_path / "custom.json"), str(tmp_path / "faster.json"))
     assert done.returncode == 0, done.stderr
     assert "4.00x" in done.stdout
 

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from nn_pairs import CELLS, LAYERS, layer_cases, pair, raised
+from nn_pairs import CELLS, LAYERS, layer_cases, pair, raised, refusal
 
 import rnnlm_kernels
 import rnnlm_kernels.nn
@@ -27,6 +27,8 @@ BAD_ARGUMENTS = {
     "hidden-size-zero": ((3, 0), {}),
     "num-layers-zero": ((3, 4), {"num_layers": 0}),
 }
+# What torch 2.6 takes, and newer versions refuse.
+REFUSED_BY_NEWER_TORCH = ("bias-int", "batch-first-int", "input-size-zero")
 BAD_PROJECTIONS = {
     "proj-size-negative": {"proj_size": -1},
     "proj-size-equals-hidden-size": {"proj_size": 4},
@@ -34,10 +36,12 @@ BAD_PROJECTIONS = {
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize(("args", "options"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
-def test_constructor_refuses_with_torchs_type_and_message(kind, args, options):
-    expected = raised(lambda: getattr(torch.nn, kind)(*args, **options))
-    assert raised(lambda: getattr(rnnlm_kernels, kind)(*args, **options)) == expected
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_constructor_refuses_what_torch_refuses_with_its_type_and_message(kind, case):
+    args, options = BAD_ARGUMENTS[case]
+    expected = refusal(lambda: getattr(torch.nn, kind)(*args, **options))
+    assert expected is not None or case in REFUSED_BY_NEWER_TORCH
+    assert refusal(lambda: getattr(rnnlm_kernels, kind)(*args, **options)) == expected
 
 
 @pytest.mark.parametrize("options", BAD_PROJECTIONS.values(), ids=BAD_PROJECTIONS)

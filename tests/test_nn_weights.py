@@ -275,25 +275,52 @@ def test_replica_for_data_parallel_has_its_own_weight_list(kind):
     assert_same(results[1], results[0])
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+@pytest.fixture
+def process_group(tmp_path):
+    """A process group of this process alone."""
+    if not torch.distributed.is_available():
+        pytest.skip("torch without distributed")
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"),
+    reason="fully_shard cannot run on the CPU in torch 2.6",
+)
+@pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("kind", LAYERS)
-def test_fully_sharded_layer_gives_the_same_results_and_gradients(kind, tmp_path):
+def test_fully_sharded_layer_gives_the_same_results_and_gradients(kind):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
-    try:
-        _, layer = pair(kind, num_layers=2)
-        plain = copy.deepcopy(layer)
-        fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
-        assert_same(layer(inputs(kind)), plain(inputs(kind)), tolerance=0)
-        for module in (layer, plain):
-            module(inputs(kind))[0].sum().backward()
-        for sharded, parameter in zip(layer.parameters(), plain.parameters(), strict=True):
-            torch.testing.assert_close(sharded.grad.full_tensor(), parameter.grad)
-    finally:
-        torch.distributed.destroy_process_group()
+    _, layer = pair(kind, num_layers=2)
+    plain = copy.deepcopy(layer)
+    fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+    assert_same(layer(inputs(kind)), plain(inputs(kind)), tolerance=0)
+    for module in (layer, plain):
+        module(inputs(kind))[0].sum().backward()
+    for sharded, parameter in zip(layer.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(sharded.grad.full_tensor(), parameter.grad)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`:UserWarning")
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("kind", LAYERS)
+def test_layer_with_one_flat_parameter_gives_the_same_results_and_gradients(kind):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    _, layer = pair(kind, num_layers=2)
+    plain = copy.deepcopy(layer)
+    # Every forward puts views of the flat parameter in the place of the layer's own.
+    flattened = FullyShardedDataParallel(layer, use_orig_params=True, device_id=torch.device("cpu"))
+    assert_same(flattened(inputs(kind)), plain(inputs(kind)), tolerance=0)
+    for module in (flattened, plain):
+        module(inputs(kind))[0].sum().backward()
+    for view, parameter in zip(flattened.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(view.grad, parameter.grad)
 
 
 @pytest.mark.parametrize("kind", LAYERS)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import reference
 from . import gru_layer, lstm_layer
-from .planning import nobody_watches
+from .planning import must_be_plain, nobody_watches
 
 
 def lstm(
@@ -69,13 +69,12 @@ def lstm(
         >>> output.shape, cells
         (torch.Size([5, 2, 4]), None)
     """
-    if torch._C._are_functorch_transforms_active():
-        # torch.func differentiates and batches plain PyTorch, not autograd formulas of operators.
+    if must_be_plain():
         values = reference.lstm(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse)
         return *values[:3], (values[3] if return_cells else None)
     save = torch.is_grad_enabled() and _will_differentiate(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
     run: Callable[..., tuple[Any, ...]] = torch.ops.rnnlm_kernels.lstm.default
-    if nobody_watches(x, w_ih):
+    if nobody_watches(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr):
         run = lstm_layer.Eager.apply if save else lstm_layer.forward
     output, h_n, c_n, cells, _ = run(
         x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse, save, return_cells, backend
@@ -111,11 +110,11 @@ def gru(
         >>> torch.equal(output[-1], h_n)
         True
     """
-    if torch._C._are_functorch_transforms_active():  # see lstm
+    if must_be_plain():
         return reference.gru(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse)
     save = torch.is_grad_enabled() and _will_differentiate(x, h0, w_ih, w_hh, b_ih, b_hh)
     run: Callable[..., tuple[Any, ...]] = torch.ops.rnnlm_kernels.gru.default
-    if nobody_watches(x, w_ih):
+    if nobody_watches(x, h0, w_ih, w_hh, b_ih, b_hh):
         run = gru_layer.Eager.apply if save else gru_layer.forward
     output, h_n, _ = run(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse, save, backend)
     return output, h_n

@@ -86,3 +86,10 @@ def check_batch_sizes(x: Tensor, h0: Tensor, batch_sizes: Tensor) -> None:
         raise RuntimeError(f"h0 should have batch_sizes[0] = {largest} rows, got {h0.size(0)}")
     if total != x.size(0):
         raise RuntimeError(f"x should have sum(batch_sizes) = {total} rows, got {x.size(0)}")
+
+
+def check_shapes(**expected: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """Refuse, by name, a tensor whose shape is not the one given with it. None passes."""
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None:
+            _expect_shape(name, tensor.shape, shape)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import BACKENDS
-from .checks import check_batch_sizes, check_layer
+from .checks import check_batch_sizes, check_layer, check_shapes
 from .derivatives import reference_backward
 from .planning import plan_layer
 from .products import (
@@ -118,8 +118,15 @@ def _backward(
         # Forward ran without saving (traced or called without grad): run it again.
         again: Any = forward(*inputs, batch_sizes, reset, reverse, True, backend)
         output, _, saved = again
-    hidden = h0.size(1)
-    dgates = x.new_empty((*x.shape[:-1], 3 * hidden))
+    hidden, steps = h0.size(1), x.shape[:-1]
+    of_h = (*steps, hidden)
+    check_shapes(
+        grad_output=(grad_output, of_h),
+        grad_h_n=(grad_h_n, h0.shape),
+        output=(output, of_h),
+        saved=(saved, (*steps, (4 if reset == "after" else 3) * hidden)),
+    )
+    dgates = x.new_empty((*steps, 3 * hidden))
     # reset-after: gradient of W_hn h + b_hn; reset-before: r * h, what W_hn was applied to.
     candidate = torch.empty_like(output)
     dh0 = empty_contiguous_like(h0)

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import BACKENDS
 from ..reference import state_dtype
-from .checks import check_batch_sizes, check_layer
+from .checks import check_batch_sizes, check_layer, check_shapes
 from .derivatives import reference_backward
 from .planning import plan_layer
 from .products import (
@@ -172,6 +172,16 @@ def _backward(
         again: Any = forward(*inputs, batch_sizes, reverse, True, return_cells, backend)
         output, _, _, cells, saved = again
     hidden, steps = c0.size(1), x.shape[:-1]
+    of_h, of_c = (*steps, h0.size(1)), (*steps, hidden)
+    check_shapes(
+        grad_output=(grad_output, of_h),
+        grad_h_n=(grad_h_n, h0.shape),
+        grad_c_n=(grad_c_n, c0.shape),
+        grad_cells=(grad_cells, of_c),
+        output=(output, of_h),
+        cells=(cells, of_c),
+        saved=(saved, (*steps, 4 * hidden)),
+    )
     dgates = x.new_empty((*steps, 4 * hidden))
     dh0, dc0 = empty_contiguous_like(h0), empty_contiguous_like(c0)
     # With a projection: the gradient of each step's projected h, and h before the projection.

@@ -85,23 +85,32 @@ def plan_layer(
     )
 
 
-def nobody_watches(x: Tensor, w_ih: Tensor) -> bool:
-    """Whether an eager call may skip PyTorch's dispatcher.
+def nobody_watches(*tensors: Tensor | None) -> bool:
+    """Whether an eager call on ``tensors`` may skip PyTorch's dispatcher.
 
     The dispatcher and its Python autograd wrapper cost 9 us of a call without gradients and 45 us
     of one with them, where the kernel may take 2. Skipping is right when nothing could intercept
-    the call: no compiler, tracer, profiler, dispatch mode, tensor subclass or
-    forward-mode AD. (The callers have ruled out functional transforms.)
+    the call: no compiler, tracer, profiler, dispatch mode or tensor subclass. (Functional
+    transforms and forward-mode AD never come here: see :func:`must_be_plain`.)
     """
     return (
         not torch.compiler.is_compiling()
-        and type(x) in _PLAIN
-        and type(w_ih) in _PLAIN
+        and _PLAIN.issuperset(map(type, tensors))
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._get_tracing_state() is None
-        and forward_ad._current_level < 0
         and not torch._C._autograd._profiler_enabled()
     )
 
 
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
+
+
+def must_be_plain() -> bool:
+    """Whether a layer has to be computed by the plain PyTorch reference, without operators.
+
+    ``torch.func`` and forward-mode AD differentiate and batch PyTorch's own operations; an operator
+    of ours has no rule for them and would lose a tangent silently.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0

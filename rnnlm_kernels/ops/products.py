@@ -15,8 +15,8 @@ def empty_contiguous_like(tensor: Tensor) -> Tensor:
 
 
 def contiguous(*tensors: Tensor | None) -> list[Any]:
-    """Kernels take the address of the first element and assume the rest follows."""
-    return [None if t is None else t.contiguous() for t in tensors]
+    """Kernels read memory from the first element on: no strides, no lazy negation."""
+    return [None if t is None else t.resolve_neg().contiguous() for t in tensors]
 
 
 def input_gates(

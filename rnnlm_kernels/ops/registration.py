@@ -63,7 +63,6 @@ def register(
         The operator as an ``autograd.Function`` that reaches the implementation directly.
     """
     tags = (torch.Tag.pt2_compliant_tag,)
-    input_names = [n.removesuffix("?") for n in inputs]
     flag_names = [flag.split()[-1] for flag in flags]
     arguments = ", ".join(
         f"Tensor{'?' if n.endswith('?') else ''} {n.removesuffix('?')}"
@@ -101,7 +100,7 @@ def register(
     backward_op = getattr(getattr(torch.ops, _NAMESPACE), f"{name}_backward").default
     kept_positions = [flag_names.index(n) for n in backward_flags]
     saved_positions = [(*grads, "saved").index(n) for n in saved]
-    num_tensors, w_ih = num_inputs + 1, input_names.index("w_ih")
+    num_tensors = num_inputs + 1
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
@@ -115,7 +114,7 @@ def register(
         if all(g is None for g in incoming[:num_grads]):
             return (None,) * num_inputs + rest
         tensors = ctx.saved_tensors
-        direct = not torch.is_grad_enabled() and nobody_watches(tensors[0], tensors[w_ih])
+        direct = not torch.is_grad_enabled() and nobody_watches(*tensors, *incoming)
         run = backward if direct else backward_op
         found = run(*incoming[:num_grads], *tensors, *ctx.flags, needs)
         wanted = [g if need else None for g, need in zip(found, needs, strict=True)]

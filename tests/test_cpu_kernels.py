@@ -1,0 +1,382 @@
+"""The C++ kernels: right in every dtype and size, the same bits whatever runs beside them.
+
+Where bits are compared, the kernels are called by themselves: the GEMMs around them (projection,
+weight gradients) are PyTorch's, whose sums depend on the number of rows and of threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from recurrence_cases import (
+    CELLS,
+    DTYPES,
+    ISAS,
+    assert_near_oracle,
+    assert_same_bits,
+    kernel_results,
+    layer,
+    layer_cases,
+    results_and_gradients,
+    run_python,
+    run_under_isa,
+)
+
+from rnnlm_kernels import check, ops
+from rnnlm_kernels.bench.workload import Workload
+
+_C = pytest.importorskip("rnnlm_kernels._C")
+
+pytestmark = pytest.mark.sanitize
+
+every_cell = pytest.mark.parametrize("cell", CELLS)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+# Sizes that fill no vector, exactly one, or several and a rest. [T, B, H]
+SIZES = {
+    "one-step": (1, 5, 33),
+    "one-vector": (5, 5, 16),
+    "one-row": (6, 1, 17),
+    "odd": (9, 5, 100),
+    "blocks": (3, 13, 130),
+}
+TINY = {
+    "one-step-one-row": (1, 1, 7),
+    "one-unit": (4, 13, 1),
+    "one-number": (1, 1, 1),
+    "long-one-unit": (60, 2, 1),
+}
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+# --- right --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@every_dtype
+@every_cell
+def test_error_is_within_the_rule(cell: str, dtype: str, size: tuple[int, int, int]) -> None:
+    T, B, H = size
+    result = check.check_problem(Workload(cell, T, B, 11, H, dtype=dtype, mode="training"), "cpu")
+    assert result.ok, result.summary()
+
+
+@pytest.mark.parametrize("size", TINY.values(), ids=TINY)
+@every_dtype
+@every_cell
+def test_few_numbers_are_near_the_oracle(cell: str, dtype: str, size: tuple[int, int, int]) -> None:
+    """The rule compares the errors of two sums; of a single number that is a matter of luck."""
+    T, B, H = size
+    assert_near_oracle(layer(cell, T, B, 11, H), DTYPES[dtype])
+
+
+@st.composite
+def layers(draw: st.DrawFn):
+    cell = draw(st.sampled_from(CELLS))
+    hidden = draw(st.integers(1, 40))
+    sizes = {
+        "T": draw(st.integers(1, 6)),
+        "B": draw(st.integers(1, 9)),
+        "I": draw(st.integers(1, 9)),
+    }
+    options = {"reverse": draw(st.booleans()), "bias": draw(st.booleans())}
+    if draw(st.booleans()):
+        lengths = draw(st.lists(st.integers(1, 6), min_size=1, max_size=9))
+        options["lengths"] = tuple(sorted(lengths, reverse=True))
+    if cell == "lstm" and hidden > 1 and draw(st.booleans()):
+        options["proj"] = draw(st.integers(1, hidden - 1))
+    return layer(cell, H=hidden, seed=draw(st.integers(0, 99)), **sizes, **options)
+
+
+@settings(max_examples=150, deadline=None)
+@given(layers(), st.sampled_from(list(DTYPES.values())))
+def test_any_sizes_and_options_agree_with_the_float64_reference(problem, dtype) -> None:
+    assert_near_oracle(problem, dtype)
+
+
+@pytest.mark.parametrize(("cell", "variant"), layer_cases())
+def test_kernels_write_every_element_of_every_result(cell: str, variant: dict) -> None:
+    for name, value in kernel_results(layer(cell, H=17, **variant)).items():
+        assert not value.isnan().any(), name
+
+
+@every_cell
+def test_more_than_65535_steps(cell: str) -> None:
+    problem = layer(cell, 70_000, 1, 1, 4, dtype=torch.float32)
+    output, h_n, *_ = problem.call(backend="cpu")
+    assert torch.equal(output[-1], h_n)
+    # Contracting dynamics: the last steps do not remember how the first ones began.
+    tail = problem.having(x=problem.get("x")[-300:])
+    torch.testing.assert_close(output[-100:], tail.refer()[0][-100:])
+
+
+@every_cell
+def test_few_rows_without_packing_equal_the_packed_product(cell: str) -> None:
+    """8 steps of one row leave the weights as they are, a ninth makes the kernel pack them."""
+    long = layer(cell, 9, 1, 3, 37)
+    short = long.having(x=long.get("x")[:8])
+    torch.testing.assert_close(
+        kernel_results(short)["output"], kernel_results(long)["output"][:8], rtol=1e-13, atol=1e-13
+    )
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("input_size", [1, 16, 37])
+@every_cell
+def test_the_kernels_own_projection_equals_a_given_one(cell, input_size, bias) -> None:
+    problem = layer(cell, 2, 2, input_size, 19, bias=bias)
+    own, given_gates = kernel_results(problem, projects=True), kernel_results(problem)
+    for name, value in given_gates.items():
+        torch.testing.assert_close(own[name], value, rtol=1e-12, atol=1e-12, msg=name)
+
+
+# --- 16-bit storage -----------------------------------------------------------------------------
+
+
+def check_sixteen_bit_storage(dtype: torch.dtype) -> None:
+    """Every 16-bit number is read exactly, and results round to nearest even.
+
+    An LSTM step with zero weights and chosen biases makes ``c = f * c0 + i * g`` of known factors.
+    """
+    c0 = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(256, 256)
+    closed, half, opened, one = -200.0, 0.0, 100.0, 30.0
+    factors = {  # i, f, g -> expected c of c0 in float32
+        "c0": ((closed, opened, half), lambda c: c),
+        "c0 / 2": ((closed, half, half), lambda c: c * 0.5),
+        "c0 / 2 + 1 / 2": ((half, half, one), lambda c: c * 0.5 + 0.5),
+    }
+    for name, (gates, function) in factors.items():
+        bias = torch.tensor([*gates, 0.0], dtype=dtype).repeat_interleave(256)
+        weights = torch.zeros(1024, 1, dtype=dtype), torch.zeros(1024, 256, dtype=dtype)
+        x, h0 = torch.zeros(1, 256, 1, dtype=dtype), torch.zeros_like(c0)
+        c_n = ops.lstm(x, h0, c0, *weights, bias, backend="cpu")[2]
+        expected = function(c0.float()).to(dtype)
+        same = (c_n == expected) | (c_n.isnan() & expected.isnan())
+        assert same.all(), f"{name}: {c0[~same][:5]} gave {c_n[~same][:5]}"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_every_sixteen_bit_number_is_read_exactly_and_rounded_to_nearest_even(dtype) -> None:
+    check_sixteen_bit_storage(DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@every_cell
+def test_sixteen_bit_state_is_kept_in_float32(cell: str, dtype: str) -> None:
+    """400 steps of a slowly growing state, each of them smaller than an ulp of it."""
+    problem = layer(cell, 400, 2, 3, 8, scale=0.02)
+    bias = torch.zeros_like(problem.get("b_ih"))
+    if cell == "lstm":
+        bias[8:16] = 6.0  # the forget gate is nearly open
+        problem = problem.having(b_ih=bias, c0=torch.ones(2, 8, dtype=torch.float64))
+    else:
+        bias[8:16] = 6.0  # z: the state is nearly kept
+        problem = problem.having(b_ih=bias, h0=torch.ones(2, 8, dtype=torch.float64))
+    problem = problem.to(DTYPES[dtype])
+    ours, exact = problem.call(backend="cpu"), problem.to(torch.float64).refer()
+    eps = torch.finfo(DTYPES[dtype]).eps
+    for mine, wanted in zip(ours, exact, strict=True):
+        torch.testing.assert_close(mine.double(), wanted, rtol=4 * eps, atol=4 * eps)
+
+
+# --- the same bits ------------------------------------------------------------------------------
+
+SPLITS = {
+    "too-small-to-split": {"T": 3, "B": 2, "H": 9},
+    "rows": {"T": 20, "B": 16, "H": 64},
+    "units": {"T": 3, "B": 2, "H": 600},
+    "rows-and-units": {"T": 9, "B": 2, "H": 400},
+    "packed-rows": {"lengths": tuple(range(20, 4, -1)), "H": 64, "reverse": True},
+}
+
+
+@pytest.mark.parametrize("sizes", SPLITS.values(), ids=SPLITS)
+@every_cell
+def test_any_number_of_threads_gives_the_same_bits(cell: str, sizes: dict, threads) -> None:
+    problem = layer(cell, dtype=torch.float32, scale=0.1, **sizes)
+    torch.set_num_threads(1)
+    expected = kernel_results(problem)
+    for count in (2, 3, 8):
+        torch.set_num_threads(count)
+        assert_same_bits(kernel_results(problem), expected)
+
+
+def test_threads_share_a_projection_of_few_rows_and_a_projected_state(threads) -> None:
+    problem = layer("lstm", 2, 2, 300, 500, proj=200, dtype=torch.float32, scale=0.05)
+    torch.set_num_threads(1)
+    expected = kernel_results(problem, projects=True)
+    for count in (2, 3, 8):
+        torch.set_num_threads(count)
+        assert_same_bits(kernel_results(problem, projects=True), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@every_cell
+def test_a_rows_bits_do_not_depend_on_the_other_rows(cell: str, dtype: str) -> None:
+    """From 9 steps on: below that, how many rows there are decides how they are multiplied."""
+    together = layer(cell, 9, 13, 3, 37, dtype=DTYPES[dtype])
+    expected = kernel_results(together)
+    states = ("h0", "c0") if cell == "lstm" else ("h0",)
+    for row in (0, 6, 12):
+        rows = {name: together.get(name)[row : row + 1] for name in states}
+        alone = together.having(x=together.get("x")[:, row : row + 1].contiguous(), **rows)
+        for name, value in kernel_results(alone).items():
+            whole = expected[name]
+            assert torch.equal(
+                value, whole[row : row + 1] if whole.dim() == 2 else whole[:, row : row + 1]
+            ), name
+
+
+@every_cell
+def test_a_row_of_the_operator_depends_on_others_by_rounding_only(cell: str) -> None:
+    together = layer(cell, 12, 13, 30, 37, dtype=torch.float32)
+    states = ("h0", "c0") if cell == "lstm" else ("h0",)
+    alone = together.having(
+        x=together.get("x")[:, 4:5], **{name: together.get(name)[4:5] for name in states}
+    )
+    torch.testing.assert_close(
+        alone.call(backend="cpu")[0], together.call(backend="cpu")[0][:, 4:5], rtol=1e-5, atol=1e-6
+    )
+
+
+@every_cell
+def test_a_packed_row_has_the_bits_of_a_dense_row(cell: str) -> None:
+    lengths = (12, 10, 9)
+    packed = layer(cell, lengths=lengths, H=21)
+    data, states = packed.get("x"), ("h0", "c0") if cell == "lstm" else ("h0",)
+    steps = data.split(packed.batch_sizes.tolist())
+    outputs = kernel_results(packed)["output"].split(packed.batch_sizes.tolist())
+    for row, length in enumerate(lengths):
+        dense = layer(cell, length, 1, H=21).having(
+            **{n: t for n, t in zip(packed.names, packed.tensors, strict=True) if n != "x"},
+            x=torch.stack([step[row : row + 1] for step in steps[:length]]),
+        )
+        dense = dense.having(**{name: packed.get(name)[row : row + 1] for name in states})
+        found = torch.stack([output[row : row + 1] for output in outputs[:length]])
+        assert torch.equal(kernel_results(dense)["output"], found)
+
+
+@every_cell
+def test_repeating_a_call_repeats_the_bits(cell: str) -> None:
+    problem = layer(cell, 7, 9, 20, 50, dtype=torch.float32)
+    first = results_and_gradients(problem, problem.call)
+    for _ in range(3):
+        assert_same_bits(results_and_gradients(problem, problem.call), first)
+
+
+def test_calls_of_several_python_threads_do_not_disturb_each_other(threads) -> None:
+    torch.set_num_threads(2)
+    problems = [
+        layer(cell, 5 + i, 6, 3, 40 + 9 * i, seed=i, dtype=torch.float32, scale=0.2)
+        for i in range(4)
+        for cell in CELLS
+    ]
+    expected = [kernel_results(problem) for problem in problems]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            for found, wanted in zip(pool.map(kernel_results, problems), expected, strict=True):
+                assert_same_bits(found, wanted)
+
+
+# --- the process around them --------------------------------------------------------------------
+
+
+def check_everything() -> None:
+    for dtype in DTYPES.values():
+        for seed, cell in enumerate(CELLS):
+            for hidden in (1, 7, 17, 33, 70):
+                assert_near_oracle(layer(cell, 4, 5, 3, hidden, seed=seed), dtype)
+            assert_near_oracle(layer(cell, lengths=(12, 9, 9, 1), H=19, reverse=True), dtype)
+            assert_near_oracle(layer(cell, T=1, B=2, H=21, I=19), dtype)
+        assert_near_oracle(layer("lstm", 10, 3, H=35, proj=18), dtype)
+    for dtype in (torch.bfloat16, torch.float16):
+        check_sixteen_bit_storage(dtype)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set_agrees_with_the_reference(isa: str) -> None:
+    run_under_isa(isa, "import test_cpu_kernels; test_cpu_kernels.check_everything()")
+
+
+def test_an_unknown_instruction_set_is_named_and_the_reference_steps_in() -> None:
+    printed = run_python(
+        """
+import torch, rnnlm_kernels
+from rnnlm_kernels import _C, ops
+try:
+    _C.cpu_info()
+except ValueError as error:
+    print("error:", error)
+x, h0, w = torch.ones(2, 1, 1), torch.ones(1, 1), torch.ones(3, 1)
+try:
+    ops.gru(x, h0, w, w, backend="cpu")
+except rnnlm_kernels.BackendError as error:
+    print("backend:", error)
+print(rnnlm_kernels.build_info()["cpu"])
+rnnlm_kernels.GRU(1, 1)(torch.ones(2, 1, 1))
+""",
+        RNNLM_CPU_ISA="bogus",
+    )
+    assert "error: RNNLM_CPU_ISA='bogus' is not an instruction set" in printed
+    assert "generic" in printed
+    assert "backend: backend='cpu' cannot run" in printed
+    assert printed.count("running the slow reference backend") == 1
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_forked_child_can_call_the_kernels(count: int) -> None:
+    """As DataLoader workers do, after the parent has used its threads. (Small enough a problem
+    for PyTorch to use one thread around the kernel: its own pool does not survive a fork.)"""
+    printed = run_python(
+        f"""
+import multiprocessing, torch
+from recurrence_cases import assert_same_bits, kernel_results, layer
+torch.set_num_threads(2)
+problem = layer("gru", 20, 8, 3, 48, dtype=torch.float32, scale=0.1)
+expected = kernel_results(problem)
+def child():
+    torch.set_num_threads({count})
+    assert_same_bits(kernel_results(problem), expected)
+process = multiprocessing.get_context("fork").Process(target=child, daemon=True)
+process.start()
+process.join(10)
+if process.is_alive():
+    process.kill()
+    print("hangs")
+print("exit code", process.exitcode)
+"""
+    )
+    assert "hangs" not in printed
+    assert "exit code 0" in printed
+
+
+@pytest.mark.skipif(bool(_C.build_info()["sanitizers"]), reason="ASan ends the process instead")
+def test_exhausted_memory_is_a_memory_error_that_names_the_mend() -> None:
+    absurd = 2**28  # hidden units: the workspace alone would be an exabyte
+    with pytest.raises(MemoryError, match=r"workspace.*[Ss]maller batch or hidden size"):
+        _C.cpu_gru_forward(0, 1, 9, 4, 0, False, absurd, False, 1, *[0] * 10)
+
+
+@every_cell
+def test_nan_and_infinity_stay_in_their_row(cell: str) -> None:
+    problem = layer(cell, 5, 4, 3, 18)
+    x = problem.get("x").clone()
+    x[2, 1, 0], x[3, 2, 1] = math.nan, math.inf
+    problem = problem.having(x=x)
+    ours, expected = problem.call(backend="cpu"), problem.refer()
+    for mine, wanted in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, wanted, equal_nan=True)
+    assert ours[0][2:, 1].isnan().all()
+    assert not ours[0][:, [0, 3]].isnan().any()
