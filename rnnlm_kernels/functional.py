@@ -105,25 +105,23 @@ def lstm(
     h0s: Sequence[Tensor]
     c0s: Sequence[Tensor]
     first = weights[0][0]
-    if input.dtype != first.dtype or input.device != first.device:
+    if not _alike(first, input):
         _refuse_weights(input, first)
     if hx is None:
         batch = _batch_size(input, batch_sizes, batch_first)
-        zeros = input.new_zeros((batch, weights[0][1].shape[0] // 4))
+        zeros = input.new_zeros((1, batch, weights[0][1].shape[0] // 4))
         c0s = (zeros,) * len(weights)
         # One tensor serves every layer: operators never write to a state.
-        h0s = (input.new_zeros((batch, proj_size)),) * len(weights) if proj_size else c0s
+        h0s = (input.new_zeros((1, batch, proj_size)),) * len(weights) if proj_size else c0s
     else:
         h0, c0 = hx
-        if h0.dtype != input.dtype or h0.device != input.device:
+        if not _alike(h0, input):
             _refuse_state("h_0", h0, input)
-        if c0.dtype != input.dtype or c0.device != input.device:
+        if not _alike(c0, input):
             _refuse_state("c_0", c0, input)
-        h0s, c0s = h0.unbind(0), c0.unbind(0)
+        h0s, c0s = _by_layer(h0), _by_layer(c0)
 
     x = input.transpose(0, 1) if batch_first and batch_sizes is None else input
-    if batch_sizes is None and x.shape[0] == 0:
-        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
     last = len(weights) - directions  # index of the last layer's first direction
     finals_h: list[Tensor] = []
@@ -236,19 +234,17 @@ def gru(
 
     h0s: Sequence[Tensor]
     first = weights[0][0]
-    if input.dtype != first.dtype or input.device != first.device:
+    if not _alike(first, input):
         _refuse_weights(input, first)
     if hx is None:
         batch = _batch_size(input, batch_sizes, batch_first)
-        h0s = (input.new_zeros((batch, weights[0][1].shape[1])),) * len(weights)
+        h0s = (input.new_zeros((1, batch, weights[0][1].shape[1])),) * len(weights)
     else:
-        if hx.dtype != input.dtype or hx.device != input.device:
+        if not _alike(hx, input):
             _refuse_state("hx", hx, input)
-        h0s = hx.unbind(0)
+        h0s = _by_layer(hx)
 
     x = input.transpose(0, 1) if batch_first and batch_sizes is None else input
-    if batch_sizes is None and x.shape[0] == 0:
-        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
     last = len(weights) - directions
     finals: list[Tensor] = []
@@ -281,9 +277,21 @@ def gru(
     return x, _stack(finals)
 
 
+def _alike(tensor: Tensor, input: Tensor) -> bool:
+    """Whether both have one dtype and device. (Comparing devices is slow, and most are CPUs.)"""
+    if tensor.dtype is not input.dtype:
+        return False
+    return (tensor.is_cpu and input.is_cpu) or tensor.device == input.device
+
+
+def _by_layer(states: Tensor) -> Sequence[Tensor]:
+    """``[L*D, B, R]`` as L*D tensors ``[1, B, R]``: for one layer without the cost of a view."""
+    return (states,) if states.shape[0] == 1 else states.split(1)
+
+
 def _stack(finals: list[Tensor]) -> Tensor:
-    """Join the final states of all layers and directions: L*D of [B, R] to [L*D, B, R]."""
-    return finals[0].unsqueeze(0) if len(finals) == 1 else torch.stack(finals)
+    """Join the final states of all layers and directions: L*D of ``[1, B, R]``."""
+    return finals[0] if len(finals) == 1 else torch.cat(finals)
 
 
 def _batch_size(input: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> int:

@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from recurrence_cases import CELLS, Layer, cotangents, layer, results_and_gradients, run_python
+from recurrence_cases import (
+    CELLS,
+    Layer,
+    cotangents,
+    layer,
+    layer_cases,
+    results_and_gradients,
+    run_python,
+)
 from torch import Tensor
 
 import rnnlm_kernels
@@ -47,7 +55,7 @@ SHAPES = {  # name: (tensor, its wrong shape, what the message says)
     "h0-rows": ("h0", (2, 5), r"h0 should have shape \[3, 5\], got \[2, 5\]"),
     "h0-one-row-is-not-broadcast": ("h0", (1, 5), "h0 should have shape"),
     "h0-width": ("h0", (3, 6), r"h0 should have shape \[3, 5\], got \[3, 6\]"),
-    "h0-layers": ("h0", (1, 3, 5), "h0 should"),
+    "h0-layers": ("h0", (2, 3, 5), "h0 should"),
     "w_ih-rows": ("w_ih", (13, 2), "w_ih should have shape"),
     "w_ih-1d": ("w_ih", (13,), "w_ih should have shape"),
     "w_hh-rows": ("w_hh", (13, 5), "w_hh should"),
@@ -342,3 +350,36 @@ def test_cells_have_the_dtype_of_the_input(dtype: torch.dtype) -> None:
     grads = torch.autograd.grad(outputs, given.present, cotangents(outputs))
     assert {g.dtype for g in grads} == {dtype}
     assert ops.lstm(*given.tensors)[3] is None
+
+
+# --- states as a one-layer module holds them ----------------------------------------------------
+
+
+def with_layer_dimension(given: Layer) -> Layer:
+    states = ("h0", "c0") if given.cell == "lstm" else ("h0",)
+    return given.having(**{name: given.get(name).unsqueeze(0) for name in states})
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("cell", "variant"), layer_cases())
+def test_a_leading_layer_dimension_of_the_states_changes_shapes_only(
+    cell: str, variant: dict[str, Any], backend: str
+) -> None:
+    plain = layer(cell, **variant)
+    lifted = with_layer_dimension(plain)
+
+    def run(of: Layer) -> dict[str, Tensor]:
+        return results_and_gradients(of, lambda *tensors: of.call(*tensors, backend=backend))
+
+    expected, found = run(plain), run(lifted)
+    assert found["h_n"].shape == (1, *expected["h_n"].shape)
+    for name, value in expected.items():
+        assert torch.equal(found[name].reshape(value.shape), value), name
+
+
+@every_cell
+def test_second_derivatives_and_transforms_take_a_leading_layer_dimension(cell: str) -> None:
+    given = with_layer_dimension(layer(cell, T=2, B=2, I=2, H=2)).leaves()
+    assert torch.autograd.gradgradcheck(given.of_present(given.call), given.present)
+    jacobian = torch.func.jacrev(given.of_present(lambda *t: given.call(*t)[1]))(*given.present)
+    assert jacobian.shape == (*given.get("h0").shape, *given.get("x").shape)

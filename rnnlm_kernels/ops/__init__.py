@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
 from . import gru_layer, lstm_layer
 from .planning import must_be_plain, nobody_watches
+
+_LSTM = torch.ops.rnnlm_kernels.lstm.default
+_GRU = torch.ops.rnnlm_kernels.gru.default
 
 
 def lstm(
@@ -48,7 +50,9 @@ def lstm(
 
     Args:
         x: ``[T, B, I]``, or the ``data [N, I]`` of a ``PackedSequence`` with its ``batch_sizes``.
-        h0, c0: ``[B, R]``, ``[B, H]``. w_ih: ``[4H, I]``. w_hh: ``[4H, R]``. b_ih, b_hh: ``[4H]``.
+        h0, c0: ``[B, R]``, ``[B, H]``, or as a one-layer module holds them, ``[1, B, R]`` and
+            ``[1, B, H]``; h_n and c_n then have these shapes too.
+        w_ih: ``[4H, I]``. w_hh: ``[4H, R]``. b_ih, b_hh: ``[4H]``.
         w_hr: projection ``[R, H]``; None means R = H.
         batch_sizes: int64 ``[T]`` on the CPU, or None for dense input.
         reverse: run from each row's own last step to step 0.
@@ -70,10 +74,11 @@ def lstm(
         (torch.Size([5, 2, 4]), None)
     """
     if must_be_plain():
-        values = reference.lstm(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse)
-        return *values[:3], (values[3] if return_cells else None)
+        values = lstm_layer.plain(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse)
+        output, h_n, c_n, cells = values
+        return output, h_n, c_n, (cells if return_cells else None)
     save = torch.is_grad_enabled() and _will_differentiate(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
-    run: Callable[..., tuple[Any, ...]] = torch.ops.rnnlm_kernels.lstm.default
+    run: Callable[..., tuple[Any, ...]] = _LSTM
     if nobody_watches(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr):
         run = lstm_layer.Eager.apply if save else lstm_layer.forward
     output, h_n, c_n, cells, _ = run(
@@ -111,9 +116,11 @@ def gru(
         True
     """
     if must_be_plain():
-        return reference.gru(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse)
+        h_n: Tensor
+        output, h_n = gru_layer.plain(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse)
+        return output, h_n
     save = torch.is_grad_enabled() and _will_differentiate(x, h0, w_ih, w_hh, b_ih, b_hh)
-    run: Callable[..., tuple[Any, ...]] = torch.ops.rnnlm_kernels.gru.default
+    run: Callable[..., tuple[Any, ...]] = _GRU
     if nobody_watches(x, h0, w_ih, w_hh, b_ih, b_hh):
         run = gru_layer.Eager.apply if save else gru_layer.forward
     output, h_n, _ = run(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse, save, backend)

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
-
-
-def _expect_shape(name: str, shape: Sequence[int], expected: tuple[int, ...]) -> None:
-    if shape != expected:
-        raise RuntimeError(f"{name} should have shape {list(expected)}, got {list(shape)}")
 
 
 def check_layer(
@@ -29,11 +22,14 @@ def check_layer(
     dtype, device = x.dtype, x.device
     if not dtype.is_floating_point:
         raise ValueError(f"x should be a floating-point tensor, got {dtype}")
+    on_cpu = x.is_cpu  # quicker to compare than devices are
     for tensor in (h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr):
-        if tensor is not None and (tensor.dtype != dtype or tensor.device != device):
-            names = {"h0": h0, "c0": c0, "w_ih": w_ih, "w_hh": w_hh}
-            names.update({"b_ih": b_ih, "b_hh": b_hh, "w_hr": w_hr})
-            name = next(n for n, t in names.items() if t is tensor)
+        if tensor is not None and (
+            tensor.dtype is not dtype or not ((on_cpu and tensor.is_cpu) or tensor.device == device)
+        ):
+            names = ("h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
+            given = zip(names, (h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr), strict=True)
+            name = next(n for n, t in given if t is tensor)
             if tensor.device != device:
                 raise RuntimeError(
                     f"{name} should be on the device of x ({device}), got {tensor.device}"
@@ -49,21 +45,28 @@ def check_layer(
         raise RuntimeError(f"w_hh should be [{gates}H, R], got {list(w_shape)}")
     rows, width = w_shape
     hidden = rows // gates
-    if w_hr is not None:
-        _expect_shape("w_hr", w_hr.shape, (width, hidden))
-    elif width != hidden:
-        _expect_shape("w_hh", w_shape, (rows, hidden))
-    _expect_shape("w_ih", w_ih.shape, (rows, x_shape[-1]))
-    if b_ih is not None:
-        _expect_shape("b_ih", b_ih.shape, (rows,))
-    if b_hh is not None:
-        _expect_shape("b_hh", b_hh.shape, (rows,))
-    if len(h_shape) != 2:
-        raise RuntimeError(f"h0 should be [B, {width}], got {list(h_shape)}")
-    batch = x_shape[1] if batch_sizes is None else h_shape[0]
-    _expect_shape("h0", h_shape, (batch, width))
-    if c0 is not None:
-        _expect_shape("c0", c0.shape, (batch, hidden))
+    if len(h_shape) != 2 and (len(h_shape) != 3 or h_shape[0] != 1):
+        raise RuntimeError(f"h0 should be [B, {width}] or [1, B, {width}], got {list(h_shape)}")
+    *layer, batch, _ = h_shape
+    if batch_sizes is None:
+        batch = x_shape[1]
+    if (
+        h_shape != (*layer, batch, width)
+        or w_ih.shape != (rows, x_shape[-1])
+        or (b_ih is not None and b_ih.shape != (rows,))
+        or (b_hh is not None and b_hh.shape != (rows,))
+        or (c0 is not None and c0.shape != (*layer, batch, hidden))
+        or (width != hidden if w_hr is None else w_hr.shape != (width, hidden))
+    ):
+        check_shapes(
+            w_hr=(w_hr, (width, hidden)),
+            w_hh=(w_hh, (rows, hidden if w_hr is None else width)),
+            w_ih=(w_ih, (rows, x_shape[-1])),
+            b_ih=(b_ih, (rows,)),
+            b_hh=(b_hh, (rows,)),
+            h0=(h0, (*layer, batch, width)),
+            c0=(c0, (*layer, batch, hidden)),
+        )
     if batch_sizes is None:
         if x_shape[0] == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
@@ -82,8 +85,8 @@ def check_batch_sizes(x: Tensor, h0: Tensor, batch_sizes: Tensor) -> None:
     largest, smallest, total = int(batch_sizes[0]), int(batch_sizes[-1]), int(batch_sizes.sum())
     if smallest < 1 or bool((batch_sizes[1:] > batch_sizes[:-1]).any()):
         raise RuntimeError("batch_sizes should be positive and never increase from step to step")
-    if largest != h0.size(0):
-        raise RuntimeError(f"h0 should have batch_sizes[0] = {largest} rows, got {h0.size(0)}")
+    if largest != h0.size(-2):
+        raise RuntimeError(f"h0 should have batch_sizes[0] = {largest} rows, got {h0.size(-2)}")
     if total != x.size(0):
         raise RuntimeError(f"x should have sum(batch_sizes) = {total} rows, got {x.size(0)}")
 
@@ -91,5 +94,5 @@ def check_batch_sizes(x: Tensor, h0: Tensor, batch_sizes: Tensor) -> None:
 def check_shapes(**expected: tuple[Tensor | None, tuple[int, ...]]) -> None:
     """Refuse, by name, a tensor whose shape is not the one given with it. None passes."""
     for name, (tensor, shape) in expected.items():
-        if tensor is not None:
-            _expect_shape(name, tensor.shape, shape)
+        if tensor is not None and tensor.shape != shape:
+            raise RuntimeError(f"{name} should have shape {list(shape)}, got {list(tensor.shape)}")

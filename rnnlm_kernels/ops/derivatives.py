@@ -9,6 +9,22 @@ import torch
 from torch import Tensor
 
 
+def with_layer_dimension(
+    layer: Callable[..., tuple[Tensor, ...]], states: int
+) -> Callable[..., tuple[Tensor, ...]]:
+    """A layer of the reference that takes states as the operators do: also ``[1, B, *]``."""
+
+    def run(x: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, ...]:
+        if rest[0].dim() == 2:
+            return layer(x, *rest, **options)
+        rows = [state.squeeze(0) for state in rest[:states]]
+        output, *others = layer(x, *rows, *rest[states:], **options)
+        finals = [state.unsqueeze(0) for state in others[:states]]
+        return (output, *finals, *others[states:])
+
+    return run
+
+
 def reference_backward(
     layer: Callable[..., tuple[Any, ...]],
     inputs: Sequence[Tensor | None],

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import BACKENDS
 from .checks import check_batch_sizes, check_layer, check_shapes
-from .derivatives import reference_backward
+from .derivatives import reference_backward, with_layer_dimension
 from .planning import plan_layer
 from .products import (
     contiguous,
@@ -24,12 +24,15 @@ from .products import (
 )
 from .registration import register
 
+plain = with_layer_dimension(reference.gru, states=1)
+
 
 def _outputs(
     x: Tensor, h0: Tensor, save: bool, reset: str, module: ModuleType
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Uninitialised output, h_n, saved (r, z, n and, for reset-after, W_hn h + b_hn)."""
-    steps, hidden = x.shape[:-1], h0.shape[1]
+    *steps, _ = x.shape
+    hidden = h0.shape[-1]
     saved = None
     if save and module.SAVES_GATES:
         saved = x.new_empty((*steps, (4 if reset == "after" else 3) * hidden))
@@ -57,7 +60,7 @@ def forward(
     )
     outputs = _outputs(x, h0, save, reset, module)
     if module is BACKENDS["reference"]:
-        values = reference.gru(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse)
+        values = plain(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse)
         outputs[0].copy_(values[0])
         outputs[1].copy_(values[1])
     elif outputs[1].numel():
@@ -110,15 +113,13 @@ def _backward(
     )
     inputs = (x, h0, w_ih, w_hh, b_ih, b_hh)
     if module is BACKENDS["reference"]:
-        layer = functools.partial(
-            reference.gru, batch_sizes=batch_sizes, reset=reset, reverse=reverse
-        )
+        layer = functools.partial(plain, batch_sizes=batch_sizes, reset=reset, reverse=reverse)
         return empty_for_none(x, reference_backward(layer, inputs, (grad_output, grad_h_n), needs))
     if x.size(0) and not saved.numel():
         # Forward ran without saving (traced or called without grad): run it again.
         again: Any = forward(*inputs, batch_sizes, reset, reverse, True, backend)
         output, _, saved = again
-    hidden, steps = h0.size(1), x.shape[:-1]
+    hidden, steps = h0.size(-1), x.shape[:-1]
     of_h = (*steps, hidden)
     check_shapes(
         grad_output=(grad_output, of_h),
@@ -130,7 +131,7 @@ def _backward(
     # reset-after: gradient of W_hn h + b_hn; reset-before: r * h, what W_hn was applied to.
     candidate = torch.empty_like(output)
     dh0 = empty_contiguous_like(h0)
-    if h0.size(0):
+    if h0.numel():
         module.gru_backward(
             *contiguous(grad_output, grad_h_n, w_hh, h0, output, saved, batch_sizes),
             options,
@@ -148,7 +149,9 @@ def _backward(
             db_hh[2 * hidden :] = candidate2d.sum(0)
     if need_w_hh:
         dw_hh = empty_contiguous_like(w_hh)
-        before = functools.partial(recurrent_weight_grad, output, h0, batch_sizes, reverse)
+        before = functools.partial(
+            recurrent_weight_grad, output, h0.flatten(0, -2), batch_sizes, reverse
+        )
         before(dgates[..., : 2 * hidden], dw_hh[: 2 * hidden])
         if reset == "after":
             before(candidate, dw_hh[2 * hidden :])
@@ -177,5 +180,5 @@ Eager = register(
     forward=forward,
     fake=_fake,
     backward=_backward,
-    layer=reference.gru,
+    layer=plain,
 )

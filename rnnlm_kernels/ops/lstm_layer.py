@@ -14,7 +14,7 @@ from .. import reference
 from ..backends import BACKENDS
 from ..reference import state_dtype
 from .checks import check_batch_sizes, check_layer, check_shapes
-from .derivatives import reference_backward
+from .derivatives import reference_backward, with_layer_dimension
 from .planning import plan_layer
 from .products import (
     contiguous,
@@ -24,6 +24,8 @@ from .products import (
     recurrent_weight_grad,
 )
 from .registration import register
+
+plain = with_layer_dimension(reference.lstm, states=2)
 
 
 def _outputs(
@@ -35,13 +37,14 @@ def _outputs(
     module: ModuleType,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Uninitialised output, h_n, c_n, cells, saved; the last two are None when not wanted."""
-    steps, hidden = x.shape[:-1], c0.shape[1]
+    *steps, _ = x.shape
+    hidden = c0.shape[-1]
     cells = saved = None
     if save or return_cells:
         cells = x.new_empty((*steps, hidden), dtype=state_dtype(x.dtype))
     if save and module.SAVES_GATES:
         saved = x.new_empty((*steps, 4 * hidden))
-    output = x.new_empty((*steps, h0.shape[1]))
+    output = x.new_empty((*steps, h0.shape[-1]))
     return output, empty_contiguous_like(h0), empty_contiguous_like(c0), cells, saved
 
 
@@ -77,7 +80,7 @@ def forward(
     )
     outputs = _outputs(x, h0, c0, save, return_cells, module)
     if module is BACKENDS["reference"]:
-        values = reference.lstm(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse)
+        values = plain(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse)
         for out, value in zip(outputs, values, strict=False):
             if out is not None:
                 out.copy_(value)
@@ -161,7 +164,7 @@ def _backward(
         return empty_for_none(
             x,
             reference_backward(
-                functools.partial(reference.lstm, batch_sizes=batch_sizes, reverse=reverse),
+                functools.partial(plain, batch_sizes=batch_sizes, reverse=reverse),
                 inputs,
                 (grad_output, grad_h_n, grad_c_n, grad_cells),
                 needs,
@@ -171,8 +174,8 @@ def _backward(
         # Forward ran without saving (traced or called without grad): run it again.
         again: Any = forward(*inputs, batch_sizes, reverse, True, return_cells, backend)
         output, _, _, cells, saved = again
-    hidden, steps = c0.size(1), x.shape[:-1]
-    of_h, of_c = (*steps, h0.size(1)), (*steps, hidden)
+    hidden, steps = c0.size(-1), x.shape[:-1]
+    of_h, of_c = (*steps, h0.size(-1)), (*steps, hidden)
     check_shapes(
         grad_output=(grad_output, of_h),
         grad_h_n=(grad_h_n, h0.shape),
@@ -187,7 +190,7 @@ def _backward(
     # With a projection: the gradient of each step's projected h, and h before the projection.
     dproj: Any = None if w_hr is None else torch.empty_like(output)
     unprojected: Any = None if w_hr is None else x.new_empty((*steps, hidden))
-    if h0.size(0):
+    if h0.numel():
         module.lstm_backward(
             *contiguous(grad_output, grad_h_n, grad_c_n, grad_cells, w_hh, w_hr, h0, c0),
             *contiguous(output, cells, saved, batch_sizes),
@@ -203,7 +206,7 @@ def _backward(
     dw_hh = None
     if need_w_hh:
         dw_hh = empty_contiguous_like(w_hh)
-        recurrent_weight_grad(output, h0, batch_sizes, reverse, dgates, dw_hh)
+        recurrent_weight_grad(output, h0.flatten(0, -2), batch_sizes, reverse, dgates, dw_hh)
     db: Any = dgates2d.sum(0) if need_b_ih or need_b_hh else None
     return empty_for_none(
         x,
@@ -212,11 +215,7 @@ def _backward(
             dh0 if need_h0 else None,
             dc0 if need_c0 else None,
             dgates2d.t() @ x.flatten(0, -2) if need_w_ih else None,
-            recurrent_weight_grad(
-                output, h0, batch_sizes, reverse, dgates, empty_contiguous_like(w_hh)
-            )
-            if need_w_hh
-            else None,
+            dw_hh,
             db if need_b_ih else None,
             (db.clone() if need_b_ih else db) if need_b_hh else None,
             dproj.flatten(0, -2).t() @ unprojected.flatten(0, -2) if need_w_hr else None,
@@ -234,5 +233,5 @@ Eager = register(
     forward=forward,
     fake=_fake,
     backward=_backward,
-    layer=reference.lstm,
+    layer=plain,
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from types import ModuleType
 
 import torch
@@ -81,7 +80,7 @@ def plan_layer(
         return_cells,
         proj,
         backend,
-        os.environ.get(dispatch.ENVIRONMENT) if backend is None else None,
+        dispatch.from_environment() if backend is None else None,
     )
 
 

@@ -11,12 +11,17 @@ from torch import Tensor
 
 
 def empty_contiguous_like(tensor: Tensor) -> Tensor:
+    if tensor.is_contiguous():  # then the quicker call does it
+        return torch.empty_like(tensor)
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def contiguous(*tensors: Tensor | None) -> list[Any]:
     """Kernels read memory from the first element on: no strides, no lazy negation."""
-    return [None if t is None else t.resolve_neg().contiguous() for t in tensors]
+    return [
+        t if t is None or (t.is_contiguous() and not t.is_neg()) else t.resolve_neg().contiguous()
+        for t in tensors
+    ]
 
 
 def input_gates(
