@@ -1,6 +1,5 @@
 // y = a*x + y: the smallest kernel that shows that the whole path works, from Python through a
-// pointer and a stream to the device and back. `rnnlm-kernels info` and the tests launch it; no
-// layer does.
+// pointer and a stream to the device and back. Only tests launch it.
 //
 // Who owns what: thread i of the grid owns elements i, i + gridDim*blockDim, ... and nothing is
 // exchanged. Reads x and y once, writes y once.
