@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import pkgutil
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -70,3 +72,15 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
         if not target.startswith(("http://", "https://", "mailto:")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_readme_table_is_the_committed_result() -> None:
+    """No figure in the README but what a result file holds."""
+    (target,) = re.findall(
+        r"\]\((benchmarks/results/[^)]+)\.png\)", (ROOT / "README.md").read_text()
+    )
+    script = runpy.run_path(str(ROOT / "benchmarks" / "readme_table.py"))
+    results = json.loads((ROOT / f"{target}.json").read_text("utf-8"))
+    assert script["table"](results) in (ROOT / "README.md").read_text("utf-8")
+    assert results["complete"]
+    assert not results["commit"]["modified"]
