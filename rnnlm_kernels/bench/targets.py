@@ -20,6 +20,7 @@ class Target:
             ``bound`` is wanted), or ``"most saved"``, the largest ratio of saved bytes (ours over
             the rival's, so at most ``bound`` is wanted).
         cell, kind, dtype, mode: which measurements; None for all.
+        projection: False leaves projected LSTMs out, which torch does not run on oneDNN.
     """
 
     title: str
@@ -29,9 +30,12 @@ class Target:
     kind: str | None = None
     dtype: str | None = None
     mode: str | None = None
+    projection: bool = True
 
     def selects(self, measurement: Measurement) -> bool:
         workload = measurement.workload
+        if workload.proj_size and not self.projection:
+            return False
         return all(
             wanted is None or wanted == found
             for wanted, found in (
@@ -87,6 +91,7 @@ TARGETS = (
         "dense",
         "float32",
         "training",
+        projection=False,
     ),
 )
 
