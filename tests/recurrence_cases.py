@@ -210,7 +210,7 @@ def assert_near_oracle(given: Layer, dtype: torch.dtype, backend: str = "cpu") -
         error = (found[name].double() - exact).abs().max()
         plain_error = (plain[name].double() - exact).abs().max()
         scale = exact.abs().max().clamp(min=1)
-        # In float64 the reference is the oracle, and backward multiplies rounding errors step by step.
+        # In float64 the reference is the oracle, and backward amplifies rounding errors.
         limit = 4 * plain_error + (256 if dtype == torch.float64 else 16) * eps * scale
         assert error <= limit, f"{name}: error {error:.3g}, reference {plain_error:.3g}"
 
