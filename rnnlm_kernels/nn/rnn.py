@@ -102,6 +102,32 @@ class _Layers(torch.nn.RNNBase):
             found.append(tuple(layer))
         return found
 
+    def _rows(
+        self, input: Tensor | PackedSequence, hx: Any
+    ) -> tuple[Tensor, int, int, Tensor | None, Tensor | None, Tensor | None]:
+        """The input with a batch dimension, its batch size, and how it came.
+
+        That is the number of dimensions of a dense input (0 for a packed one), and the batch sizes
+        and both permutations of a packed one.
+        """
+        batch_sizes = sorted_indices = unsorted_indices = None
+        dims = 0
+        if isinstance(input, PackedSequence):
+            x, batch_sizes, sorted_indices, unsorted_indices, batch = self._unpack(input, hx)
+        elif isinstance(input, Tensor):
+            x, dims = input, input.dim()
+            if dims == 3:
+                batch = x.shape[0 if self.batch_first else 1]
+            elif dims == 2:
+                x, batch = x.unsqueeze(1), 1
+            else:
+                raise ValueError(f"{self.mode}: Expected input to be 2D or 3D, got {dims}D instead")
+        else:
+            raise TypeError(not_an_input(self.mode, input))
+        if x.shape[-1] != self.input_size:
+            self.check_input(x, batch_sizes)
+        return x, batch, dims, batch_sizes, sorted_indices, unsorted_indices
+
     def _unpack(
         self, input: PackedSequence, hx: Any
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int]:
@@ -214,25 +240,7 @@ class LSTM(_Layers):
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, ...]:
         """Run the layers over a sequence; see the class for shapes."""
-        batch_sizes = sorted_indices = unsorted_indices = None
-        batch_first = False
-        dims = 0  # of a dense input
-        if isinstance(input, PackedSequence):
-            x, batch_sizes, sorted_indices, unsorted_indices, batch = self._unpack(input, hx)
-        elif isinstance(input, Tensor):
-            x, dims = input, input.dim()
-            if dims == 3:
-                batch_first = self.batch_first
-                batch = x.shape[0 if batch_first else 1]
-            elif dims == 2:
-                x, batch = x.unsqueeze(1), 1
-            else:
-                raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {dims}D instead")
-        else:
-            raise TypeError(not_an_input("LSTM", input))
-        if x.shape[-1] != self.input_size:
-            self.check_input(x, batch_sizes)
-
+        x, batch, dims, batch_sizes, sorted_indices, unsorted_indices = self._rows(input, hx)
         if hx is not None:
             hx = self._checked_states(hx, batch, dims)
             if sorted_indices is not None:
@@ -247,7 +255,7 @@ class LSTM(_Layers):
             self._weights(),
             num_layers=self.num_layers,
             bidirectional=self.bidirectional,
-            batch_first=batch_first,
+            batch_first=self.batch_first and dims == 3,
             # Not read in vain: a compiled dynamic graph would carry it as a symbol.
             dropout=self.dropout if self.num_layers > 1 else 0.0,
             training=self.training,
@@ -413,25 +421,7 @@ class GRU(_Layers):
 
     def forward(self, input: Tensor | PackedSequence, hx: Tensor | None = None) -> tuple[Any, Any]:
         """Run the layers over a sequence; see the class for shapes."""
-        batch_sizes = sorted_indices = unsorted_indices = None
-        batch_first = False
-        dims = 0  # of a dense input
-        if isinstance(input, PackedSequence):
-            x, batch_sizes, sorted_indices, unsorted_indices, batch = self._unpack(input, hx)
-        elif isinstance(input, Tensor):
-            x, dims = input, input.dim()
-            if dims == 3:
-                batch_first = self.batch_first
-                batch = x.shape[0 if batch_first else 1]
-            elif dims == 2:
-                x, batch = x.unsqueeze(1), 1
-            else:
-                raise ValueError(f"GRU: Expected input to be 2D or 3D, got {dims}D instead")
-        else:
-            raise TypeError(not_an_input("GRU", input))
-        if x.shape[-1] != self.input_size:
-            self.check_input(x, batch_sizes)
-
+        x, batch, dims, batch_sizes, sorted_indices, unsorted_indices = self._rows(input, hx)
         if hx is not None:
             hx = self._checked_state(hx, batch, dims)
             if sorted_indices is not None:
@@ -445,7 +435,7 @@ class GRU(_Layers):
             self._weights(),
             num_layers=self.num_layers,
             bidirectional=self.bidirectional,
-            batch_first=batch_first,
+            batch_first=self.batch_first and dims == 3,
             # Not read in vain: a compiled dynamic graph would carry it as a symbol.
             dropout=self.dropout if self.num_layers > 1 else 0.0,
             training=self.training,

@@ -51,14 +51,19 @@ def forward(
     reverse: bool,
     save: bool,
     backend: str | None,
+    *,
+    shapes_only: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operator; with ``shapes_only`` for fake tensors: checks and outputs, no values."""
     check_layer(3, x, h0, None, w_ih, w_hh, b_ih, b_hh, None, batch_sizes)
-    if batch_sizes is not None:
+    if batch_sizes is not None and not shapes_only:
         check_batch_sizes(x, h0, batch_sizes)
     module, options = plan_layer(
         "gru", x, w_ih, w_hh, batch_sizes, reverse, save, backend, reset=reset
     )
     outputs = _outputs(x, h0, save, reset, module)
+    if shapes_only:
+        return outputs
     if module is BACKENDS["reference"]:
         values = plain(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse)
         outputs[0].copy_(values[0])
@@ -73,22 +78,8 @@ def forward(
     return outputs
 
 
-def _fake(
-    x: Tensor,
-    h0: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    batch_sizes: Tensor | None,
-    reset: str,
-    reverse: bool,
-    save: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    check_layer(3, x, h0, None, w_ih, w_hh, b_ih, b_hh, None, batch_sizes)
-    module, _ = plan_layer("gru", x, w_ih, w_hh, batch_sizes, reverse, save, backend, reset=reset)
-    return _outputs(x, h0, save, reset, module)
+def _fake(*args: Any) -> tuple[Any, ...]:
+    return forward(*args, shapes_only=True)
 
 
 def _backward(

@@ -62,9 +62,12 @@ def forward(
     save: bool,
     return_cells: bool,
     backend: str | None,
+    *,
+    shapes_only: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The operator; with ``shapes_only`` for fake tensors: checks and outputs, no values."""
     check_layer(4, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes)
-    if batch_sizes is not None:
+    if batch_sizes is not None and not shapes_only:
         check_batch_sizes(x, h0, batch_sizes)
     module, options = plan_layer(
         "lstm",
@@ -79,6 +82,8 @@ def forward(
         proj=w_hr is not None,
     )
     outputs = _outputs(x, h0, c0, save, return_cells, module)
+    if shapes_only:
+        return outputs
     if module is BACKENDS["reference"]:
         values = plain(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse)
         for out, value in zip(outputs, values, strict=False):
@@ -94,35 +99,8 @@ def forward(
     return outputs
 
 
-def _fake(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    w_hr: Tensor | None,
-    batch_sizes: Tensor | None,
-    reverse: bool,
-    save: bool,
-    return_cells: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    check_layer(4, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes)
-    module, _ = plan_layer(
-        "lstm",
-        x,
-        w_ih,
-        w_hh,
-        batch_sizes,
-        reverse,
-        save,
-        backend,
-        return_cells=return_cells,
-        proj=w_hr is not None,
-    )
-    return _outputs(x, h0, c0, save, return_cells, module)
+def _fake(*args: Any) -> tuple[Any, ...]:
+    return forward(*args, shapes_only=True)
 
 
 def _backward(
