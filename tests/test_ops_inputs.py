@@ -383,3 +383,20 @@ def test_second_derivatives_and_transforms_take_a_leading_layer_dimension(cell: 
     assert torch.autograd.gradgradcheck(given.of_present(given.call), given.present)
     jacobian = torch.func.jacrev(given.of_present(lambda *t: given.call(*t)[1]))(*given.present)
     assert jacobian.shape == (*given.get("h0").shape, *given.get("x").shape)
+
+
+@pytest.mark.parametrize(("cell", "variant"), layer_cases())
+def test_a_gradient_does_not_depend_on_which_others_are_asked_for(
+    cell: str, variant: dict[str, Any]
+) -> None:
+    """Among them: with no gradient of the initial states the kernels stop a product earlier."""
+    leaves = layer(cell, **variant).leaves()
+    outputs = leaves.call(backend="cpu")
+    everything = torch.autograd.grad(outputs, leaves.present, cotangents(outputs))
+    names = [n for n, t in zip(leaves.names, leaves.tensors, strict=True) if t is not None]
+    for name, expected in zip(names, everything, strict=True):
+        alone = leaves.map(Tensor.detach)
+        alone = alone.having(**{name: alone.get(name).requires_grad_()})
+        outputs = alone.call(backend="cpu")
+        (found,) = torch.autograd.grad(outputs, alone.get(name), cotangents(outputs))
+        assert torch.equal(found, expected), name

@@ -65,7 +65,7 @@ struct LstmBackward {
   const void* cells;
   const void* saved;
   void* dgates;       // T [N, 4H]
-  void* dh0;          // T [B, R]
+  void* dh0;          // T [B, R], null together with dc0: not wanted
   void* dc0;          // T [B, H]
   void* dproj;        // T [N, R]: gradient of each step's projected h; null without projection
   void* unprojected;  // T [N, H]: each step's h before the projection; null without projection
@@ -101,7 +101,7 @@ struct GruBackward {
   const void* saved;
   void* dgates;     // T [N, 3H]
   void* candidate;  // T [N, H]: reset after: gradient of W_hn h + b_hn; before: r * h
-  void* dh0;        // T [B, H]
+  void* dh0;        // T [B, H], or null: not wanted
 };
 
 }  // namespace rnnlm

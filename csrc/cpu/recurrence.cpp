@@ -484,6 +484,7 @@ class LstmBackwardTask {
   LstmBackwardTask(const LstmBackward& p, Arena& arena)
       : steps(p.seq, arena),
         p_(p),
+        wants_initial_(p.dh0 != nullptr),
         width_(p.proj ? p.proj : p.hidden),
         gate_ld_(4 * p.hidden),
         c_ld_(ceil_div(p.hidden, L) * L),
@@ -513,6 +514,7 @@ class LstmBackwardTask {
     for (int64_t s = 0; s <= steps.count(); ++s) {
       // One iteration more than steps: the last hands the gradient on to h0 and c0.
       const bool last = s == steps.count();
+      if (last && !wants_initial_) break;
       const int64_t t = last ? 0 : steps.backward_step(s);
       const int64_t rows = last ? 0 : steps.rows(t);
       const T* next = dgates_[s & 1];
@@ -535,7 +537,7 @@ class LstmBackwardTask {
                       arrive(row, unit, lanes, grad_h_n(row, unit, lanes));
                     });
       // Rows whose first step was the one before: what is left belongs to the initial state.
-      const Range done = clip(place.rows, rows, next_rows);
+      const Range done = wants_initial_ ? clip(place.rows, rows, next_rows) : Range{0, 0};
       for_each_output(recurrent_, place, done, next, gate_ld_,
                       [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
                         store(static_cast<S*>(p_.dh0) + row * width_ + unit, load(sums), lanes);
@@ -599,6 +601,7 @@ class LstmBackwardTask {
   }
 
   LstmBackward p_;
+  bool wants_initial_;  // dh0 and dc0: with truncated backpropagation nobody asks
   int64_t width_, gate_ld_, c_ld_, r_ld_;
   Weights<S> recurrent_, unproject_;
   T* dgates_[2];  // [B, 4H] of the step that forward took next, and of this one
@@ -759,6 +762,7 @@ class GruBackwardTask {
   GruBackwardTask(const GruBackward& p, Arena& arena)
       : steps(p.seq, arena),
         p_(p),
+        wants_initial_(p.dh0 != nullptr),
         ld_(ceil_div(p.hidden, L) * L),
         depth_((p.reset_before ? 2 : 3) * p.hidden),
         recurrent_(columns<S>(p.w_hh, p.hidden, depth_)),
@@ -788,6 +792,7 @@ class GruBackwardTask {
     for (int64_t s = 0; s <= steps.count(); ++s) {
       // See LstmBackwardTask::run.
       const bool last = s == steps.count();
+      if (last && !wants_initial_) break;
       const int64_t t = last ? 0 : steps.backward_step(s);
       const int64_t rows = last ? 0 : steps.rows(t);
       const T* next = dgates_[s & 1];
@@ -804,7 +809,8 @@ class GruBackwardTask {
                       step(t, row, unit, lanes,
                            grad ? load(grad + row * p_.hidden + unit, lanes) : V{}, own);
                     });
-      for_each_output(recurrent_, place, clip(place.rows, rows, next_rows), next, depth_,
+      const Range done = wants_initial_ ? clip(place.rows, rows, next_rows) : Range{0, 0};
+      for_each_output(recurrent_, place, done, next, depth_,
                       [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
                         store(static_cast<S*>(p_.dh0) + row * p_.hidden + unit,
                               load(sums) + load(direct_ + row * ld_ + unit), lanes);
@@ -885,6 +891,7 @@ class GruBackwardTask {
   }
 
   GruBackward p_;
+  bool wants_initial_;  // dh0
   int64_t ld_, depth_;
   Weights<S> recurrent_;  // r, z and, for reset-after, n
   Weights<S> candidate_;  // n, for reset-before

@@ -116,12 +116,12 @@ def lstm_backward(
     batch_sizes: Tensor | None,
     options: RecurrenceOptions,
     dgates: Tensor,
-    dh0: Tensor,
-    dc0: Tensor,
+    dh0: Tensor | None,
+    dc0: Tensor | None,
     dproj: Tensor | None,
     unprojected: Tensor | None,
 ) -> None:
-    """Fill dgates, dh0, dc0 and, with a projection, dproj and unprojected."""
+    """Fill dgates, dh0 and dc0 (both or neither) and, with a projection, dproj and unprojected."""
     native.cpu_lstm_backward(
         _DTYPES[h0.dtype],
         torch.get_num_threads(),
@@ -141,8 +141,8 @@ def lstm_backward(
         cells.data_ptr(),
         saved.data_ptr(),
         dgates.data_ptr(),
-        dh0.data_ptr(),
-        dc0.data_ptr(),
+        0 if dh0 is None else dh0.data_ptr(),
+        0 if dc0 is None else dc0.data_ptr(),
         0 if dproj is None else dproj.data_ptr(),
         0 if unprojected is None else unprojected.data_ptr(),
     )
@@ -197,7 +197,7 @@ def gru_backward(
     options: RecurrenceOptions,
     dgates: Tensor,
     candidate: Tensor,
-    dh0: Tensor,
+    dh0: Tensor | None,
 ) -> None:
     """Fill dgates, dh0 and candidate (see csrc/core/params.h)."""
     native.cpu_gru_backward(
@@ -217,5 +217,5 @@ def gru_backward(
         saved.data_ptr(),
         dgates.data_ptr(),
         candidate.data_ptr(),
-        dh0.data_ptr(),
+        0 if dh0 is None else dh0.data_ptr(),
     )

@@ -118,10 +118,12 @@ def _backward(
         output=(output, of_h),
         saved=(saved, (*steps, (4 if reset == "after" else 3) * hidden)),
     )
+    need_x, need_h0, need_w_ih, need_w_hh, need_b_ih, need_b_hh = needs
     dgates = x.new_empty((*steps, 3 * hidden))
     # reset-after: gradient of W_hn h + b_hn; reset-before: r * h, what W_hn was applied to.
     candidate = torch.empty_like(output)
-    dh0 = empty_contiguous_like(h0)
+    # The last product of the recurrence is for this alone.
+    dh0 = empty_contiguous_like(h0) if need_h0 else None
     if h0.numel():
         module.gru_backward(
             *contiguous(grad_output, grad_h_n, w_hh, h0, output, saved, batch_sizes),
@@ -131,7 +133,6 @@ def _backward(
             dh0,
         )
     dgates2d, candidate2d = dgates.flatten(0, -2), candidate.flatten(0, -2)
-    need_x, need_h0, need_w_ih, need_w_hh, need_b_ih, need_b_hh = needs
     db_ih: Any = dgates2d.sum(0) if need_b_ih or need_b_hh else None
     db_hh = dw_hh = None
     if need_b_hh:

@@ -163,8 +163,12 @@ def _backward(
         cells=(cells, of_c),
         saved=(saved, (*steps, 4 * hidden)),
     )
+    need_x, need_h0, need_c0, need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr = needs
     dgates = x.new_empty((*steps, 4 * hidden))
-    dh0, dc0 = empty_contiguous_like(h0), empty_contiguous_like(c0)
+    # The last product of the recurrence is for these alone.
+    dh0 = dc0 = None
+    if need_h0 or need_c0:
+        dh0, dc0 = empty_contiguous_like(h0), empty_contiguous_like(c0)
     # With a projection: the gradient of each step's projected h, and h before the projection.
     dproj: Any = None if w_hr is None else torch.empty_like(output)
     unprojected: Any = None if w_hr is None else x.new_empty((*steps, hidden))
@@ -180,7 +184,6 @@ def _backward(
             unprojected,
         )
     dgates2d = dgates.flatten(0, -2)
-    need_x, need_h0, need_c0, need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr = needs
     dw_hh = None
     if need_w_hh:
         dw_hh = empty_contiguous_like(w_hh)
