@@ -23,4 +23,6 @@ fi
 "$python" -m rnnlm_kernels info
 nvidia-smi --query-gpu=name,driver_version,clocks.max.sm --format=csv,noheader >"$out/device.txt"
 git rev-parse HEAD >>"$out/device.txt" 2>/dev/null || true
-"$python" -m rnnlm_kernels bench --device cuda --out "$out"
+# There are no fused kernels for GPUs yet: what runs there is the reference, and its distance to cuDNN is the baseline.
+"$python" -m rnnlm_kernels check --device cuda --backend reference
+"$python" -m rnnlm_kernels bench --device cuda --backend reference --out "$out"
