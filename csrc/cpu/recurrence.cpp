@@ -5,8 +5,9 @@
 // thread walks through all steps; in one it computes, block of units by block of units, the
 // recurrent product, the gates and the new state while the block's accumulators are in the L1
 // cache. Threads that work on the same rows meet at a barrier once a step (reset-before GRU and
-// projection: twice); threads with different rows meet only once, when the weights are packed. The state is kept in the arithmetic dtype in
-// the workspace, twice where a step reads all of the old one while it writes the new one.
+// projection: twice); threads with different rows meet only once, when the weights are packed. The
+// state is kept in the arithmetic dtype in the workspace, twice where a step reads all of the old
+// one while it writes the new one.
 //
 // Rows of different lengths: rows are sorted by length, so step t is rows 0 .. rows(t). A row that
 // is not in a step is not touched: cost is proportional to the valid steps.
