@@ -13,6 +13,8 @@ from .._version import __version__
 from .bench import bench_app
 from .check import check
 from .errors import one_line_errors
+from .evaluate import evaluate, score
+from .generate import generate
 from .info import info
 from .train import train
 
@@ -41,7 +43,7 @@ and this command to see what runs, whether it is right, and how fast it is.""",
 
     [cyan]rnnlm-kernels bench[/cyan]     speed and memory against torch.nn, under three minutes
 
-    [cyan]rnnlm-kernels train[/cyan]     a small language model on real text""",
+    [cyan]rnnlm-kernels train[/cyan]     a language model on a text; then eval, score, generate""",
 )
 
 
@@ -72,6 +74,9 @@ app.command()(one_line_errors(info))
 app.command()(one_line_errors(check))
 app.add_typer(bench_app, name="bench")
 app.command()(one_line_errors(train))
+app.command("eval")(one_line_errors(evaluate))
+app.command()(one_line_errors(score))
+app.command()(one_line_errors(generate))
 
 
 def main() -> None:

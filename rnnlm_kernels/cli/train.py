@@ -1,238 +1,428 @@
-"""``rnnlm-kernels train``: fits a small language model and says how well, and how fast, it
-learnt."""
+"""``rnnlm-kernels train``: fits a language model and says how well, and how fast, it learnt."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import shlex
-import statistics
-from collections.abc import Iterator
-from enum import Enum
-from itertools import zip_longest
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from rnnlm_kernels import BackendError, lm
-from rnnlm_kernels.lm.evaluate import bits, perplexity
+from rnnlm_kernels import lm
+from rnnlm_kernels.lm.presets import MODEL_FIELDS, PRESETS, TRAIN_FIELDS, defaults
 
-LINES_PER_RUN = 20
+from .lm_session import chosen_device, fail, one_line_errors, thread_count
+from .train_report import (
+    Logs,
+    Report,
+    introduce,
+    say_interrupted,
+    show_training,
+    summarise,
+)
+
+PresetName = Literal["tiny", "zaremba-medium", "awd-lstm", "char-lstm", "seed-gru"]
+assert set(get_args(PresetName)) == set(PRESETS)
+Unit = Literal["word", "char", "byte", "bpe"]
+Cell = Literal["lstm", "gru"]
+Reset = Literal["after", "before"]
+Head = Literal["linear", "adaptive"]
+Layer = Literal["ours", "torch", "both"]
+Optimizer = Literal["adam", "adamw", "sgd"]
+Schedule = Literal["plateau", "step", "cosine", "constant"]
+Precision = Literal["float32", "bf16", "fp16"]
+Batching = Literal["stream", "sentences"]
+
+# Options whose value belongs to a training from its first update to its last, by their place in a
+# checkpoint.
+_MODEL_OPTIONS = MODEL_FIELDS
+_TRAIN_OPTIONS = tuple(
+    name for name in TRAIN_FIELDS if name not in ("epochs", "max_steps", "betas", "synonyms")
+)
 
 
-class UnitChoice(str, Enum):
-    word = "word"
-    char = "char"
+def _numbers(text: str | None) -> Any:
+    """``"400"`` or ``"1150,1150,400"``."""
+    if text is None:
+        return None
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = (0,)
+    if min(numbers) < 1:
+        raise typer.BadParameter(f"expected a positive number, or several with commas: {text!r}")
+    return numbers[0] if len(numbers) == 1 else numbers
 
 
-class CellChoice(str, Enum):
-    lstm = "lstm"
-    gru = "gru"
+def _patterns(texts: Sequence[str] | None) -> Any:
+    """``["layers.*.weight_hh*=1e-5"]``."""
+    found = {}
+    for text in texts or ():
+        pattern, _, number = text.rpartition("=")
+        try:
+            found[pattern or "*"] = float(number)
+        except ValueError:
+            raise typer.BadParameter(f"expected PATTERN=NUMBER or NUMBER, got {text!r}") from None
+    return found
 
 
-class ResetChoice(str, Enum):
-    after = "after"
-    before = "before"
+TEXT, MODEL, DROPOUT, OPTIM, PENALTY, TASK, RUN = (
+    "Text", "Model", "Dropout", "Optimisation", "Penalties", "Auxiliary tasks", "Run",
+)  # fmt: skip
 
 
-class LayerChoice(str, Enum):
-    ours = "ours"
-    torch = "torch"
-    both = "both"
-
-
-class OptimizerChoice(str, Enum):
-    adam = "adam"
-    sgd = "sgd"
-
-
-# Options whose value belongs to a training from its first update to its last, by the place they
-# have in a checkpoint.
-_MODEL_OPTIONS = ("cell", "reset", "emb", "hidden", "layers", "dropout", "tied", "backend")
-_TRAIN_OPTIONS = ("batch", "bptt", "optimizer", "lr", "decay", "clip", "seed")
+def _option(help: str, panel: str, default: str = "", callback: Callable | None = None,
+            **more: Any) -> Any:  # fmt: skip
+    return typer.Option(
+        help=help,
+        rich_help_panel=panel,
+        show_default=default or False,
+        callback=callback,
+        **more,
+    )
 
 
 def train(
-    context: typer.Context,
+    ctx: typer.Context,
     text: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Argument(
-            help="UTF-8 text file. Left out: the English help texts that come with Python.",
+            help="UTF-8 text files, read one after the other. "
+            "Left out: the English help texts that come with Python.",
             show_default=False,
         ),
     ] = None,
-    unit: Annotated[UnitChoice, typer.Option(help="What one token is.")] = UnitChoice.word,
-    cell: Annotated[CellChoice, typer.Option(help="Kind of recurrent layer.")] = CellChoice.lstm,
+    preset: Annotated[
+        PresetName | None,
+        _option(
+            "A model and training of the literature; other options take precedence. "
+            + " ".join(f"[bold]{name}[/bold]: {each.about}." for name, each in PRESETS.items()),
+            RUN,
+        ),
+    ] = None,
+    valid: Annotated[
+        Path | None, _option("Validation text.", TEXT, "a twentieth of the text, before the test")
+    ] = None,
+    test: Annotated[
+        Path | None, _option("Test text.", TEXT, "the last twentieth of the text")
+    ] = None,
+    unit: Annotated[Unit | None, _option("What one token is.", TEXT, "word")] = None,
+    tokenizer: Annotated[
+        Path | None, _option("A tokenizer.json of Hugging Face's tokenizers to use.", TEXT)
+    ] = None,
+    min_count: Annotated[
+        int | None, _option("Rarer tokens become <unk>.", TEXT, "word 2, char 1", min=1)
+    ] = None,
+    max_vocab: Annotated[
+        int | None, _option("Largest vocabulary.", TEXT, "all; bpe 8000", min=2)
+    ] = None,
+    cell: Annotated[Cell | None, _option("Kind of recurrent layer.", MODEL, "lstm")] = None,
     reset: Annotated[
-        ResetChoice,
-        typer.Option(help="Where a GRU resets: after the recurrent product (torch) or before it."),
-    ] = ResetChoice.after,
+        Reset | None,
+        _option("Where a GRU resets: after the recurrent product or before it.", MODEL, "after"),
+    ] = None,
     emb: Annotated[
-        int | None,
-        typer.Option(min=1, help="Width of the embedding.", show_default="word 200, char 64"),
+        int | None, _option("Width of the embedding.", MODEL, "word 200, char 64", min=1)
     ] = None,
-    hidden: Annotated[int, typer.Option(min=1, help="Width of the recurrent layers.")] = 200,
-    layers: Annotated[int, typer.Option(min=1, help="Number of recurrent layers.")] = 1,
-    dropout: Annotated[
-        float | None,
-        typer.Option(help="Dropout probability.", show_default="word 0.3, char 0.1"),
+    hidden: Annotated[
+        str | None,
+        _option(
+            "Width of the recurrent layers: one number, or one per layer (1150,1150,400).",
+            MODEL,
+            "200",
+            callback=_numbers,
+        ),
     ] = None,
+    layers: Annotated[int | None, _option("Number of recurrent layers.", MODEL, "1", min=1)] = None,
     tied: Annotated[
         bool | None,
         typer.Option(
             "--tied/--untied",
             help="Use the embedding matrix in the head too.",
+            rich_help_panel=MODEL,
             show_default="word tied, char untied",
         ),
     ] = None,
+    head: Annotated[
+        Head | None,
+        _option("Softmax over all tokens, or an adaptive one.", MODEL, "linear"),
+    ] = None,
+    cutoffs: Annotated[
+        str | None,
+        _option(
+            "Where the groups of the adaptive softmax end, e.g. 2000,10000.",
+            MODEL,
+            callback=_numbers,
+        ),
+    ] = None,
+    attention: Annotated[
+        int | None,
+        _option(
+            "Positions attended to between the layers and the head; 0: none.", MODEL, "0", min=0
+        ),
+    ] = None,
+    attention_heads: Annotated[
+        int | None, _option("Heads of the attention.", MODEL, "1", min=1)
+    ] = None,
+    init: Annotated[
+        float | None, _option("All first values uniform within plus and minus this.", MODEL)
+    ] = None,
+    dropout: Annotated[
+        float | None, _option("Dropout probability.", DROPOUT, "word 0.3, char 0.1")
+    ] = None,
+    dropout_input: Annotated[
+        float | None, _option("... of the embedded tokens.", DROPOUT, "--dropout")
+    ] = None,
+    dropout_hidden: Annotated[
+        float | None, _option("... between two layers.", DROPOUT, "--dropout")
+    ] = None,
+    dropout_embedding: Annotated[
+        float | None, _option("Probability of dropping a word everywhere.", DROPOUT, "0")
+    ] = None,
+    weight_drop: Annotated[
+        float | None, _option("Probability of dropping a recurrent weight.", DROPOUT, "0")
+    ] = None,
+    locked: Annotated[
+        bool | None,
+        typer.Option(
+            "--locked/--unlocked",
+            help="One mask for all steps of a window.",
+            rich_help_panel=DROPOUT,
+            show_default="not locked",
+        ),
+    ] = None,
+    batching: Annotated[
+        Batching | None,
+        _option("Windows of the whole text, or whole lines each from zero.", OPTIM, "stream"),
+    ] = None,
     bptt: Annotated[
         int | None,
+        _option("Tokens that gradients flow back.", OPTIM, "word 35, char 100", min=1),
+    ] = None,
+    random_bptt: Annotated[
+        bool | None,
         typer.Option(
-            min=1, help="Tokens that gradients flow back.", show_default="word 35, char 100"
+            "--random-bptt/--fixed-bptt",
+            help="Windows of random lengths around --bptt.",
+            rich_help_panel=OPTIM,
+            show_default="fixed lengths",
         ),
     ] = None,
     batch: Annotated[
-        int | None,
-        typer.Option(min=1, help="Rows read side by side.", show_default="word 20, char 32"),
+        int | None, _option("Rows read side by side.", OPTIM, "word 20, char 32", min=1)
     ] = None,
-    optimizer: Annotated[
-        OptimizerChoice, typer.Option(help="Rule of the updates.")
-    ] = OptimizerChoice.adam,
+    accumulate: Annotated[
+        int | None,
+        _option("Compute a batch in so many parts, for less memory.", OPTIM, "1", min=1),
+    ] = None,
+    optimizer: Annotated[Optimizer | None, _option("Rule of the updates.", OPTIM, "adam")] = None,
     lr: Annotated[
-        float | None,
-        typer.Option(help="First learning rate.", show_default="adam 0.003, sgd 10"),
+        float | None, _option("First learning rate.", OPTIM, "adam 0.003, sgd 10")
+    ] = None,
+    momentum: Annotated[float | None, _option("Of SGD.", OPTIM, "0")] = None,
+    weight_decay: Annotated[float | None, _option("Of the optimiser.", OPTIM, "0")] = None,
+    schedule: Annotated[
+        Schedule | None,
+        _option(
+            "When the rate falls: without progress, every epoch, like a cosine, or never.",
+            OPTIM,
+            "plateau",
+        ),
     ] = None,
     decay: Annotated[
-        float, typer.Option(help="Learning rate factor after an epoch without progress.")
-    ] = 0.25,
-    clip: Annotated[float, typer.Option(help="Largest gradient norm.")] = 0.5,
+        float | None,
+        _option("Factor on the rate, of plateau and step.", OPTIM, "0.25"),
+    ] = None,
+    plateau_patience: Annotated[
+        int | None, _option("Evaluations without progress that plateau lets pass.", OPTIM, "0")
+    ] = None,
+    decay_after: Annotated[
+        int | None, _option("Epochs before the first decay of step.", OPTIM, "1", min=1)
+    ] = None,
+    min_lr: Annotated[float | None, _option("Last rate of cosine.", OPTIM, "0")] = None,
+    warmup: Annotated[
+        int | None, _option("Updates in which the rate rises.", OPTIM, "0", min=0)
+    ] = None,
+    average: Annotated[
+        int | None,
+        _option(
+            "NT-ASGD: use the mean of the weights once the validation loss is worse than the best "
+            "of all but the last so many.",
+            OPTIM,
+            min=0,
+        ),
+    ] = None,
+    clip: Annotated[
+        float | None, _option("Largest gradient norm; 0: no limit.", OPTIM, "0.5")
+    ] = None,
+    clip_value: Annotated[
+        float | None, _option("Largest element of the gradient; 0: no limit.", OPTIM, "no limit")
+    ] = None,
+    precision: Annotated[
+        Precision | None,
+        _option("Autocast to half precision.", OPTIM, "float32"),
+    ] = None,
+    label_smoothing: Annotated[
+        float | None, _option("Probability spread over all tokens.", PENALTY, "0")
+    ] = None,
+    ar: Annotated[
+        float | None, _option("Weight of the squared last outputs.", PENALTY, "0")
+    ] = None,
+    tar: Annotated[
+        float | None, _option("Weight of their squared change in time.", PENALTY, "0")
+    ] = None,
+    l1: Annotated[
+        list[str] | None,
+        _option(
+            "Weight of absolute values of parameters: NUMBER, or PATTERN=NUMBER such as "
+            "'layers.*.weight_hh*=1e-6'; can be repeated.",
+            PENALTY,
+            callback=_patterns,
+        ),
+    ] = None,
+    l2: Annotated[
+        list[str] | None,
+        _option("The same for squares.", PENALTY, callback=_patterns),
+    ] = None,
+    skip_gram: Annotated[
+        float | None, _option("Weight of skip-gram on the embedding.", TASK, "0")
+    ] = None,
+    cbow: Annotated[float | None, _option("Weight of CBOW on the embedding.", TASK, "0")] = None,
+    context: Annotated[
+        int | None, _option("Words on either side for these two.", TASK, "5", min=1)
+    ] = None,
+    negatives: Annotated[
+        int | None, _option("Random words per word for these two.", TASK, "5", min=1)
+    ] = None,
+    synonyms: Annotated[
+        Path | None,
+        _option("Lines of a word, a tab, and its synonyms with commas, to pull together.", TASK),
+    ] = None,
+    synonym_weight: Annotated[
+        float, _option("Weight of the synonyms.", TASK, "0.1 with --synonyms")
+    ] = 0.1,
     epochs: Annotated[
         int | None,
-        typer.Option(
+        _option(
+            "Passes over the training part.",
+            RUN,
+            "word 10, char 6; no limit with --max-steps",
             min=1,
-            help="Passes over the training part.",
-            show_default="word 10, char 6; no limit with --max-steps",
         ),
     ] = None,
-    max_steps: Annotated[
-        int | None, typer.Option(min=1, help="Updates, at most.", show_default=False)
-    ] = None,
-    min_count: Annotated[
+    max_steps: Annotated[int | None, _option("Updates, at most.", RUN, min=1)] = None,
+    eval_every: Annotated[
         int | None,
-        typer.Option(min=1, help="Rarer tokens become <unk>.", show_default="word 2, char 1"),
+        _option("Updates between evaluations, besides the ends of epochs.", RUN, min=1),
     ] = None,
-    max_vocab: Annotated[
-        int | None, typer.Option(min=2, help="Largest vocabulary.", show_default=False)
+    patience: Annotated[
+        int | None, _option("Stop after so many evaluations without progress.", RUN, min=1)
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and dropout.")] = 1,
+    eval_batch: Annotated[
+        int | None, _option("Rows side by side in evaluation.", RUN, "10", min=1)
+    ] = None,
+    save_every: Annotated[
+        int | None, _option("Updates between checkpoints.", RUN, "500", min=1)
+    ] = None,
+    seed: Annotated[int | None, _option("Seed of everything random.", RUN, "1", min=0)] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder for the checkpoint. Left out: nothing is saved.", show_default=False
-        ),
+        _option("Folder for checkpoints, log and curve. Left out: nothing is saved.", RUN),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the checkpoint in --out, exactly.")
+    resume: Annotated[bool, _option("Go on from the checkpoint in --out, exactly.", RUN)] = False,
+    tensorboard: Annotated[
+        bool, _option("Write TensorBoard events to --out as well.", RUN)
     ] = False,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads.", show_default="torch's choice")
-    ] = None,
+    device: Annotated[str | None, _option("cpu, cuda, ...", RUN, "a GPU if there is one")] = None,
+    threads: Annotated[int | None, _option("CPU threads.", RUN, "torch's choice", min=1)] = None,
     layer: Annotated[
-        LayerChoice,
-        typer.Option(help="Our layers, torch's, or both in turn from the same start."),
-    ] = LayerChoice.ours,
-    backend: Annotated[
-        str | None, typer.Option(help="Backend of our layers.", show_default="automatic")
-    ] = None,
+        Layer,
+        _option("Our layers, torch's, or both in turn from the same start.", RUN, "ours"),
+    ] = "ours",
+    backend: Annotated[str | None, _option("Backend of our layers.", RUN, "automatic")] = None,
 ) -> None:
-    """Trains a small LSTM or GRU language model on a text.
+    """Trains an LSTM or GRU language model on a text.
 
     Without any argument it takes about a minute on two CPU cores. Ctrl-C (or SIGTERM) ends it after
     the current update and saves, if --out is given; the same command with --resume then goes on as
-    if nothing had happened.
+    if nothing had happened. Under torchrun several processes share the rows of a batch.
     """
-    options: dict[str, Any] = {
-        key: value.value if isinstance(value, Enum) else value
-        for key, value in context.params.items()
-    }
+    options: dict[str, Any] = dict(ctx.params)
     explicit = {
         key: options[key]
         for key in options
-        if getattr(context.get_parameter_source(key), "name", "") in ("COMMANDLINE", "ENVIRONMENT")
+        if getattr(ctx.get_parameter_source(key), "name", "") in ("COMMANDLINE", "ENVIRONMENT")
     }
-    console = Console()
-    with _one_line_errors(), _thread_count(threads), lm.stop_on_signals() as stop:
-        if resume:
-            trainers = _resume(text, out, options, explicit, stop)
-        else:
-            trainers = _start(text, out, options, stop)
+    for name in ("clip", "clip_value"):
+        if explicit.get(name) == 0.0:
+            explicit[name] = None
+    with (
+        one_line_errors(),
+        thread_count(threads),
+        lm.stop_on_signals() as stop,
+        lm.process_group() as own_device,
+    ):
+        world = lm.this_process().world
+        options["device"] = own_device if world > 1 else _device(device)
+        console = Console(quiet=lm.this_process().rank > 0)
+        begin = _resume if resume else _start
+        trainers = begin(options, explicit, stop)
         if out is None:
             console.print("No --out: nothing will be saved.", style="dim")
-        _introduce(trainers, console)
-        reports = {name: _Report() for name in trainers}
-        _train(trainers, reports, console)
+        introduce(trainers, console)
+        reports = {name: Report() for name in trainers}
+        logs = {name: Logs(trainer, tensorboard) for name, trainer in trainers.items()}
+        try:
+            show_training(trainers, reports, logs, console)
+        finally:
+            for log in logs.values():
+                log.close()
         if stop.is_set():
-            _say_interrupted(trainers, out, text, console)
+            say_interrupted(trainers, out, _again(options), console)
             raise typer.Exit(128 + (stop.signal_number or 0))
-        _summarise(trainers, reports, console)
+        summarise(trainers, reports, console)
         if out is not None:
             console.print(f"Saved in {out}", soft_wrap=True, highlight=False)
 
 
-def _fail(message: str, code: int = 2) -> NoReturn:
-    typer.echo("error: " + " ".join(message.split()), err=True)
-    raise typer.Exit(code)
-
-
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """What the user can mend is said in one line: exit code 2 for what was asked, 1 for what
-    happened on the way."""
+def _device(name: str | None) -> torch.device:
     try:
-        yield
-    except (lm.CheckpointWriteError, lm.DivergenceError) as error:
-        _fail(str(error), 1)
-    except (lm.CorpusError, lm.CheckpointError, BackendError) as error:
-        _fail(str(error))
-    except (MemoryError, RuntimeError) as error:
-        # torch has no exception of its own for a CPU allocation that fails.
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(
-            error
-        ):
-            _fail("not enough memory: try a smaller --hidden, --batch, --bptt or --max-vocab", 1)
-        raise
+        return chosen_device(name)
+    except ValueError as error:
+        fail(str(error))
 
 
-@contextlib.contextmanager
-def _thread_count(threads: int | None) -> Iterator[None]:
-    former = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(former)
+def _again(options: dict[str, Any]) -> list[str]:
+    """The arguments that a resumed training needs again."""
+    words = [str(path) for path in options["text"] or ()]
+    for name in ("valid", "test"):
+        if options[name] is not None:
+            words += [f"--{name}", str(options[name])]
+    return words
 
 
-def _with_defaults(options: dict[str, Any]) -> dict[str, Any]:
-    """Fills in the values that depend on another option."""
-    word = options["unit"] == "word"
-    defaults = {
-        "emb": 200 if word else 64,
-        "dropout": 0.3 if word else 0.1,
-        "tied": word,
-        "bptt": 35 if word else 100,
-        "batch": 20 if word else 32,
-        "lr": 3e-3 if options["optimizer"] == "adam" else 10.0,
-    }
-    if options["max_steps"] is None:
-        defaults["epochs"] = 10 if word else 6
-    return options | {key: value for key, value in defaults.items() if options[key] is None}
+def _values(explicit: dict[str, Any]) -> dict[str, Any]:
+    """Every value of model, training and tokens: what was given, the preset's, the default."""
+    preset = PRESETS[explicit["preset"]].values() if "preset" in explicit else {}
+    unit = explicit.get("unit", preset.get("unit", "word"))
+    if "tokenizer" in explicit:
+        unit = "bpe"
+    values = {"unit": unit, **defaults(unit), **preset, **explicit}
+    values["lr"] = values.get("lr") or (10.0 if values.get("optimizer") == "sgd" else 3e-3)
+    # One width per layer says how many layers there are.
+    if "hidden" in explicit and "layers" not in explicit:
+        if isinstance(explicit["hidden"], tuple):
+            values["layers"] = len(explicit["hidden"])
+    elif "layers" in explicit and isinstance(values.get("hidden"), tuple):
+        fail("--layers: this preset has one width per layer; give --hidden instead")
+    if "max_steps" in explicit and "epochs" not in explicit:
+        values["epochs"] = None
+    if isinstance(values.get("cutoffs"), int):
+        values["cutoffs"] = (values["cutoffs"],)
+    values["synonyms"] = explicit.get("synonym_weight", 0.1) if "synonyms" in explicit else 0.0
+    return values
 
 
 def _kinds(layer: str) -> list[str]:
@@ -243,43 +433,51 @@ def _folder(out: Path, kind: str, kinds: list[str]) -> Path:
     return out / kind if len(kinds) > 1 else out
 
 
-def _has_checkpoint(folder: Path) -> bool:
-    return (folder / lm.CHECKPOINT_NAME).exists()
-
-
 def _start(
-    text: Path | None, out: Path | None, options: dict[str, Any], stop: lm.StopRequest
+    options: dict[str, Any], explicit: dict[str, Any], stop: lm.StopRequest
 ) -> dict[str, lm.Trainer]:
-    options = _with_defaults(options)
+    values = _values(explicit)
+    out = options["out"]
     kinds = _kinds(options["layer"])
-    if out is not None and any(map(_has_checkpoint, (out, out / "ours", out / "torch"))):
-        _fail(f"{out} holds a checkpoint already: add --resume to go on, or choose another --out")
+    if out is not None and any(map(lm.has_checkpoint, (out, out / "ours", out / "torch"))):
+        fail(f"{out} holds a checkpoint already: add --resume to go on, or choose another --out")
+    vocabulary = None
+    if options["tokenizer"] is not None:
+        try:
+            vocabulary = lm.BpeTokenizer.load(options["tokenizer"])
+        except ValueError as error:
+            fail(str(error))
     corpus = lm.load_corpus(
-        text,
-        unit=options["unit"],
+        options["text"] or None,
+        unit=values["unit"],
+        valid=options["valid"],
+        test=options["test"],
         min_count=options["min_count"],
         max_size=options["max_vocab"],
+        vocabulary=vocabulary,
     )
-    chosen = {key: options[key] for key in _MODEL_OPTIONS}
+    synonyms = None
+    if options["synonyms"] is not None:
+        synonyms = lm.load_synonyms(options["synonyms"], corpus.vocabulary)
     try:
-        train_config = lm.TrainConfig(
-            epochs=options["epochs"],
-            max_steps=options["max_steps"],
-            **{key: options[key] for key in _TRAIN_OPTIONS},
-        )
+        train_config = lm.TrainConfig(**{k: values[k] for k in TRAIN_FIELDS if k in values})
         models = {}
+        chosen = {key: values[key] for key in MODEL_FIELDS if key in values}
         for kind in kinds:
             # In a comparison --backend speaks of our half only.
             own = {"backend": None} if kind == "torch" and len(kinds) > 1 else {}
             config = lm.ModelConfig(len(corpus.vocabulary), **(chosen | own | {"layer": kind}))
-            models[kind] = lm.RNNLanguageModel(config, seed=options["seed"])
+            models[kind] = lm.RNNLanguageModel(config, seed=train_config.seed)
+            models[kind].to(options["device"])
+        if len(kinds) > 1:
+            models["torch"].load_state_dict(models["ours"].state_dict())
+        # What can be refused is refused before the folder is made: a text too short for the batch,
+        # a backend that cannot run.
+        lm.Trainer(models[kinds[0]], corpus, train_config, synonyms=synonyms)
+    except lm.CorpusError:
+        raise
     except ValueError as error:
-        _fail(str(error))
-    if len(kinds) > 1:
-        models["torch"].load_state_dict(models["ours"].state_dict())
-    # What can be refused is refused before the folder is made: a text too short for the batch, a
-    # backend that cannot run.
-    lm.Trainer(models[kinds[0]], corpus, train_config)
+        fail(str(error))
     for model in models.values():
         _try_out(model)
     return {
@@ -289,60 +487,49 @@ def _start(
             train_config,
             out=None if out is None else _folder(out, kind, kinds),
             stop=stop,
+            synonyms=synonyms,
         )
         for kind, model in models.items()
     }
 
 
 def _try_out(model: lm.RNNLanguageModel) -> None:
-    token = torch.zeros(1, 1, dtype=torch.int64)
+    token = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
     with torch.random.fork_rng(devices=[]):
         model.loss(token, token)[0].backward()
     model.zero_grad(set_to_none=True)
 
 
 def _resume(
-    text: Path | None,
-    out: Path | None,
-    options: dict[str, Any],
-    explicit: dict[str, Any],
-    stop: lm.StopRequest,
+    options: dict[str, Any], explicit: dict[str, Any], stop: lm.StopRequest
 ) -> dict[str, lm.Trainer]:
+    out = options["out"]
     if out is None:
-        _fail("--resume needs --out, the folder of the checkpoint")
-    if _has_checkpoint(out):
+        fail("--resume needs --out, the folder of the checkpoint")
+    if lm.has_checkpoint(out):
         kinds = [lm.load_checkpoint(out)["model_config"]["layer"]]
-    elif _has_checkpoint(out / "ours") and _has_checkpoint(out / "torch"):
+    elif lm.has_checkpoint(out / "ours") and lm.has_checkpoint(out / "torch"):
         kinds = ["ours", "torch"]
     else:
-        _fail(f"no checkpoint in {out}")
+        fail(f"no checkpoint in {out}")
     found = "both" if len(kinds) > 1 else kinds[0]
     if explicit.get("layer", found) != found:
-        _fail(
-            f"--layer {explicit['layer']} differs from the checkpoint in {out}, which has {found}"
-        )
+        fail(f"--layer {explicit['layer']} differs from the checkpoint in {out}, which has {found}")
     payload = lm.load_checkpoint(_folder(out, kinds[0], kinds))
-    saved = {key: payload["model_config"][key] for key in _MODEL_OPTIONS}
-    saved |= {key: payload["train_config"][key] for key in _TRAIN_OPTIONS}
-    saved["unit"] = payload["vocabulary"]["unit"]
-    for key, value in saved.items():
-        if key in explicit and explicit[key] != value:
-            _fail(
-                f"--{key} {explicit[key]} differs from the checkpoint in {out}, which has {value}; "
-                "leave it out, or start a new training in another --out"
-            )
+    vocabulary = _saved_tokenizer(payload, out)
+    _refuse_differences(payload, vocabulary, explicit, out)
     name = payload["corpus"]["name"]
-    if text is None and name != lm.DEFAULT_CORPUS:
-        _fail(f"the checkpoint in {out} was trained on {name}: give that text again")
+    if not options["text"] and name != lm.DEFAULT_CORPUS:
+        fail(f"the checkpoint in {out} was trained on {name}: give that text again")
     counted = "min_count" in explicit or "max_vocab" in explicit
     corpus = lm.load_corpus(
-        text,
-        unit=saved["unit"],
+        options["text"] or None,
+        unit=vocabulary.unit,
+        valid=options["valid"],
+        test=options["test"],
         min_count=options["min_count"],
         max_size=options["max_vocab"],
-        vocabulary=None
-        if counted
-        else lm.Vocabulary(saved["unit"], payload["vocabulary"]["tokens"]),
+        vocabulary=None if counted else vocabulary,
     )
     return {
         kind: lm.Trainer.resume(
@@ -350,176 +537,37 @@ def _resume(
             corpus,
             epochs=options["epochs"],
             max_steps=options["max_steps"],
+            device=options["device"],
             stop=stop,
         )
         for kind in kinds
     }
 
 
-def _introduce(trainers: dict[str, lm.Trainer], console: Console) -> None:
-    trainer = next(iter(trainers.values()))
-    corpus, model = trainer.corpus, trainer.model.config
-    vocabulary = corpus.vocabulary
-    sizes = " + ".join(f"{len(part):,}" for part in (corpus.train, corpus.valid, corpus.test))
-    unknown = ", ".join(f"{corpus.unknown_rate(part):.1%}" for part in ("train", "valid", "test"))
-    variant = f" (reset {model.reset})" if model.cell == "gru" else ""
-    for line in (
-        f"text   {corpus.name}: {sizes} {vocabulary.unit} tokens for training, validation, test",
-        f"vocab  {len(vocabulary):,} tokens; <unk> is {unknown} of the three parts",
-        f"model  {model.layers} x {model.hidden} {model.cell.upper()}{variant}, "
-        f"embedding {model.emb}, "
-        f"{trainer.model.parameter_count():,} parameters, layers: {' and '.join(trainers)}",
-        f"run    {trainer.total_steps:,} updates of "
-        f"{trainer.config.batch} x {trainer.config.bptt} tokens, "
-        f"{torch.get_num_threads()} threads",
-    ):
-        console.print(line, soft_wrap=True, highlight=False)
-    if trainer.done:
-        console.print("This training has ended; a larger --epochs or --max-steps takes it further.")
-    elif trainer.step:
-        console.print(f"resume after update {trainer.step:,}", highlight=False)
-    console.print()
+def _saved_tokenizer(payload: dict[str, Any], out: Path) -> lm.Tokenizer:
+    try:
+        return lm.tokenizer_from_json(payload["tokenizer"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise lm.CheckpointError(f"{out} does not fit this release: {error}") from error
 
 
-@dataclasses.dataclass
-class _Report:
-    """What one training has shown so far."""
-
-    losses: list[float] = dataclasses.field(default_factory=list)
-    speeds: list[float] = dataclasses.field(default_factory=list)
-    # Since the last printed line.
-    recent: list[lm.StepRecord] = dataclasses.field(default_factory=list)
-
-    def add(self, record: lm.StepRecord) -> None:
-        self.losses.append(record.loss)
-        self.speeds.append(record.tokens / record.seconds)
-        self.recent.append(record)
-
-    @property
-    def speed(self) -> float | None:
-        """Median tokens/s: a few slow updates (the first, or a busy machine) do not move it."""
-        return statistics.median(self.speeds) if self.speeds else None
-
-
-def _train(trainers: dict[str, lm.Trainer], reports: dict[str, _Report], console: Console) -> None:
-    total = max(trainer.total_steps for trainer in trainers.values())
-    every = max(1, min(100, total // LINES_PER_RUN))
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as progress:
-        task = progress.add_task("training", total=total)
-        # Update by update in turn, so that whatever slows the machine down slows both alike.
-        for records in zip_longest(*(trainer.records() for trainer in trainers.values())):
-            for (name, trainer), record in zip(trainers.items(), records, strict=True):
-                if record is None:
-                    continue
-                prefix = f"{name:<6}" if len(trainers) > 1 else ""
-                if isinstance(record, lm.EpochRecord):
-                    line = _epoch_line(record, trainer)
-                else:
-                    report = reports[name]
-                    report.add(record)
-                    progress.update(task, completed=record.step)
-                    if record.step % every:
-                        continue
-                    line = _step_line(report.recent, trainer)
-                    report.recent.clear()
-                console.print(prefix + line, soft_wrap=True, highlight=False)
-
-
-def _quality(loss: float, unit: str) -> str:
-    if unit == "char":
-        return f"{bits(loss):6.3f} bits/char"
-    return f"ppl {perplexity(loss):8.1f}"
-
-
-def _step_line(records: list[lm.StepRecord], trainer: lm.Trainer) -> str:
-    tokens = sum(record.tokens for record in records)
-    loss = sum(record.loss * record.tokens for record in records) / tokens
-    speed = tokens / sum(record.seconds for record in records)
-    norm = statistics.fmean(record.grad_norm for record in records)
-    return (
-        f"step {records[-1].step:>6}/{trainer.total_steps}  loss {loss:6.3f}  "
-        f"{_quality(loss, trainer.corpus.vocabulary.unit)}  grad {norm:6.3f}  "
-        f"lr {records[-1].lr:.2g}  {speed:,.0f} tokens/s"
-    )
-
-
-def _epoch_line(record: lm.EpochRecord, trainer: lm.Trainer) -> str:
-    loss = record.valid.loss
-    line = (
-        f"epoch {record.epoch + 1:>5} ends      valid {loss:6.3f}  "
-        f"{_quality(loss, trainer.corpus.vocabulary.unit)}"
-    )
-    return line if record.improved else f"{line}  no better: lr {record.lr:.2g}"
-
-
-def _summarise(
-    trainers: dict[str, lm.Trainer], reports: dict[str, _Report], console: Console
+def _refuse_differences(
+    payload: dict[str, Any], vocabulary: lm.Tokenizer, explicit: dict[str, Any], out: Path
 ) -> None:
-    first = next(iter(trainers.values()))
-    corpus = first.corpus
-    char = corpus.vocabulary.unit == "char"
-    measure = bits if char else perplexity
-    digits = 3 if char else 1
-    label = "bits/char" if char else "ppl"
-    table = Table(title=f"{corpus.name} after {first.step:,} updates")
-    table.add_column("model")
-    for heading in ("valid loss", f"valid {label}", f"test {label}", "tokens/s"):
-        table.add_column(heading, justify="right")
-    size = len(corpus.vocabulary)
-    valid, test = (
-        lm.unigram_loss(corpus.train, part, size) for part in (corpus.valid, corpus.test)
-    )
-    table.add_row(
-        "unigram baseline",
-        f"{valid:.4f}",
-        f"{measure(valid):.{digits}f}",
-        f"{measure(test):.{digits}f}",
-        "",
-    )
-    losses = {}
-    for name, trainer in trainers.items():
-        valid, test = trainer.score("valid").loss, trainer.score("test").loss
-        losses[name] = valid
-        speed = reports[name].speed
-        table.add_row(
-            f"{trainer.model.config.cell.upper()}, {name}",
-            f"{valid:.4f}",
-            f"{measure(valid):.{digits}f}",
-            f"{measure(test):.{digits}f}",
-            "-" if speed is None else f"{speed:,.0f}",
-        )
-    console.print()
-    console.print(table)
-    if len(trainers) < 2:
-        return
-    ours, theirs = reports["ours"], reports["torch"]
-    gaps = [abs(a - b) for a, b in zip(ours.losses, theirs.losses, strict=False)][:100]
-    if ours.speed is not None and theirs.speed is not None and gaps:
-        console.print(
-            f"ours / torch: {ours.speed / theirs.speed:.2f}x tokens/s; training losses differ by "
-            f"at most {max(gaps):.1e} in the first {len(gaps)} updates, validation losses by "
-            f"{abs(losses['ours'] - losses['torch']):.1e}",
-            soft_wrap=True,
-            highlight=False,
-        )
-
-
-def _say_interrupted(
-    trainers: dict[str, lm.Trainer], out: Path | None, text: Path | None, console: Console
-) -> None:
-    step = min(trainer.step for trainer in trainers.values())
-    if out is None:
-        message = f"Interrupted after update {step:,}. Nothing was saved, there is no --out."
-    else:
-        words = ["rnnlm-kernels", "train", *([] if text is None else [str(text)])]
-        command = shlex.join([*words, "--out", str(out), "--resume"])
-        message = f"Interrupted after update {step:,} and saved. To go on:\n  {command}"
-    console.print(message, soft_wrap=True, highlight=False)
+    try:
+        model = lm.ModelConfig(**payload["model_config"])
+        training = lm.TrainConfig(**payload["train_config"])
+    except (TypeError, ValueError) as error:
+        raise lm.CheckpointError(f"{out} does not fit this release: {error}") from error
+    saved = {key: getattr(model, key) for key in _MODEL_OPTIONS}
+    saved |= {key: getattr(training, key) for key in _TRAIN_OPTIONS}
+    saved["unit"] = vocabulary.unit
+    for key, value in saved.items():
+        given = explicit.get(key)
+        if key == "cutoffs" and isinstance(given, int):
+            given = (given,)
+        if key in explicit and given != value:
+            fail(
+                f"--{key.replace('_', '-')} {given} differs from the checkpoint in {out}, which "
+                f"has {value}; leave it out, or start a new training in another --out"
+            )

@@ -1,0 +1,269 @@
+"""Trains language models side by side: which regularisation helps, and how fast a whole update is.
+
+    python benchmarks/language_model.py recipes book.txt --steps 4000 --out runs/recipes
+    python benchmarks/language_model.py recipes book.txt --steps 4000 --synonyms synonyms.tsv
+    python benchmarks/language_model.py speed --size medium
+
+``recipes`` trains the same layers with the same data, seed and number of updates: without
+regularisation, with plain dropout, with AWD-LSTM's, and that with attention and (with a synonym
+file) with the synonym task; then evaluates each, the best weights on the test part, once more with
+a continuous cache. Every run is kept in a folder of its own and resumed where it was interrupted.
+
+``speed`` trains a model of this package and the same model made of torch.nn.LSTM, torch.nn.Linear
+and cross_entropy in turn, update by update, from the same weights, and compares tokens per second,
+losses, and (each in a process of its own) peak memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rnnlm_kernels import lm
+from rnnlm_kernels.bench.machine import describe
+
+AWD = {
+    "locked": True,
+    "dropout": 0.4,
+    "dropout_input": 0.4,
+    "dropout_hidden": 0.25,
+    "dropout_embedding": 0.1,
+    "weight_drop": 0.5,
+}
+AWD_TRAINING = {"ar": 2.0, "tar": 1.0, "weight_decay": 1.2e-6, "random_bptt": True}
+CACHE = lm.CacheConfig(window=500, flatness=0.6, share=0.1)
+SIZES = {"small": 200, "medium": 650}
+
+
+def recipes(arguments: argparse.Namespace) -> None:
+    """Trains every recipe for equally many updates and prints a table."""
+    corpus = lm.load_corpus(arguments.text, unit=arguments.unit)
+    base = {"emb": arguments.emb, "hidden": arguments.hidden, "layers": arguments.layers}
+    plans = {
+        "none": ({"dropout": 0.0}, {}),
+        "dropout": ({"dropout": 0.5}, {}),
+        "awd": (AWD, AWD_TRAINING),
+        "awd + attention": (AWD | {"attention": 70}, AWD_TRAINING),
+    }
+    pairs = None
+    if arguments.synonyms is not None:
+        pairs = lm.load_synonyms(arguments.synonyms, corpus.vocabulary)
+        plans["awd + synonyms"] = (AWD, AWD_TRAINING | {"synonyms": 0.1})
+    rows = []
+    for name, (model_options, options) in plans.items():
+        config = lm.TrainConfig(
+            lr=arguments.lr,
+            schedule="cosine",
+            warmup=100,
+            max_steps=arguments.steps,
+            eval_every=max(1, arguments.steps // 20),
+            **options,
+        )
+        model_config = lm.ModelConfig(len(corpus.vocabulary), **(base | model_options))
+        folder = arguments.out / name.replace(" ", "")
+        trainer = _trainer(corpus, model_config, config, folder, pairs)
+        for record in trainer.records():
+            if isinstance(record, lm.EvalRecord):
+                print(f"{name:<16} update {record.step:>6}  valid {record.valid.loss:.4f}")
+        model, _ = lm.load_model(folder)
+        rows.append(_scores(name, model, corpus, pairs))
+        print(json.dumps(rows[-1]))
+    result = {
+        "machine": describe(),
+        "text": corpus.name,
+        "vocabulary": len(corpus.vocabulary),
+        "arguments": {key: str(value) for key, value in vars(arguments).items() if key != "run"},
+        "rows": rows,
+    }
+    (arguments.out / "recipes.json").write_text(json.dumps(result, indent=1) + "\n")
+    columns = list(rows[0])
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    for row in rows:
+        print("| " + " | ".join(_cell(row[column]) for column in columns) + " |")
+
+
+def _trainer(
+    corpus: lm.Corpus,
+    model_config: lm.ModelConfig,
+    config: lm.TrainConfig,
+    folder: Path,
+    pairs: torch.Tensor | None,
+) -> lm.Trainer:
+    if lm.has_checkpoint(folder):
+        return lm.Trainer.resume(folder, corpus)
+    model = lm.RNNLanguageModel(model_config, seed=config.seed)
+    return lm.Trainer(model, corpus, config, out=folder, synonyms=pairs)
+
+
+def _scores(
+    name: str, model: lm.RNNLanguageModel, corpus: lm.Corpus, pairs: torch.Tensor | None
+) -> dict[str, object]:
+    row: dict[str, object] = {
+        "recipe": name,
+        "parameters": model.parameter_count(),
+        "valid ppl": lm.evaluate(model, corpus.valid).perplexity,
+        "test ppl": lm.evaluate(model, corpus.test).perplexity,
+        "test ppl with cache": lm.evaluate(model, corpus.test, cache=CACHE).perplexity,
+    }
+    if pairs is not None:
+        row["synonym recall@10"] = lm.synonym_recall(model.embedding.weight, pairs)
+    return row
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}" if value < 1 else f"{value:.2f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+class TorchModel(nn.Module):
+    """What a user of torch writes: nn.Embedding, nn.LSTM, nn.Linear, cross_entropy."""
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(size, width)
+        self.lstm = nn.LSTM(width, width, num_layers=2)
+        self.head = nn.Linear(width, size)
+
+    def forward(self, tokens, targets, state):
+        """Mean loss and the state."""
+        hidden, state = self.lstm(self.embedding(tokens), state)
+        return F.cross_entropy(self.head(hidden).flatten(0, 1), targets.flatten()), state
+
+    def take(self, ours: lm.RNNLanguageModel) -> None:
+        """Takes over the weights of our model."""
+        with torch.no_grad():
+            self.embedding.weight.copy_(ours.embedding.weight)
+            self.head.load_state_dict(ours.head.state_dict())
+            for index, layer in enumerate(ours.layers):
+                for name, value in layer.named_parameters():
+                    getattr(self.lstm, name.replace("_l0", f"_l{index}")).copy_(value)
+
+
+class Contender:
+    """One of the two models in training."""
+
+    def __init__(self, kind: str, vocabulary: int, width: int) -> None:
+        config = lm.ModelConfig(
+            vocabulary, emb=width, hidden=width, layers=2, dropout=0.0, tied=False
+        )
+        ours = lm.RNNLanguageModel(config, seed=1)
+        self.model: nn.Module = ours
+        if kind == "torch":
+            self.model = TorchModel(vocabulary, width)
+            self.model.take(ours)
+        self.kind = kind
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
+        self.state = None
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+
+    def update(self, tokens: torch.Tensor, targets: torch.Tensor) -> None:
+        """One update on a window; the state is carried."""
+        start = time.perf_counter()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.kind == "ours":
+            total, state = self.model.loss(tokens, targets, self.state)
+            loss = total / targets.numel()
+            self.state = [(h.detach(), c.detach()) for h, c in state]
+        else:
+            loss, (h, c) = self.model(tokens, targets, self.state)
+            self.state = h.detach(), c.detach()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 0.25)
+        self.optimizer.step()
+        self.losses.append(float(loss.detach()))
+        self.seconds.append(time.perf_counter() - start)
+
+
+def _windows(arguments: argparse.Namespace) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    # Frequencies like those of words.
+    draw = torch.Generator().manual_seed(0)
+    frequency = 1.0 / torch.arange(1, arguments.vocabulary + 1)
+    count = arguments.batch * arguments.bptt * arguments.steps + 1
+    tokens = torch.multinomial(frequency, count, replacement=True, generator=draw)
+    return list(lm.StreamBatches(tokens, arguments.batch, arguments.bptt))
+
+
+def speed(arguments: argparse.Namespace) -> None:
+    """Compares whole updates; with ``--only`` measures the memory of one model."""
+    torch.set_num_threads(arguments.threads)
+    width = SIZES[arguments.size]
+    windows = _windows(arguments)
+    kinds = [arguments.only] if arguments.only else ["ours", "torch"]
+    contenders = [Contender(kind, arguments.vocabulary, width) for kind in kinds]
+    before = _peak_memory(forget=True)
+    for window in windows:
+        for contender in contenders:
+            contender.update(*window)
+    if arguments.only:
+        print(_peak_memory() - before)
+        return
+    ours, theirs = contenders
+    tokens = arguments.batch * arguments.bptt
+    gap = max(abs(a - b) for a, b in zip(ours.losses[:100], theirs.losses[:100], strict=True))
+    result = {
+        "machine": describe(),
+        "size": f"2 x {width}, vocabulary {arguments.vocabulary:,}, "
+        f"{arguments.batch} x {arguments.bptt} tokens, {arguments.threads} threads",
+        "updates": arguments.steps,
+        "largest difference of the losses": gap,
+    }
+    for contender in contenders:
+        median = statistics.median(contender.seconds)
+        result[f"{contender.kind}: tokens/s"] = round(tokens / median)
+        command = [sys.executable, __file__, *sys.argv[1:], "--only", contender.kind]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        result[f"{contender.kind}: MiB above the model"] = round(int(done.stdout) / 2**20, 1)
+    medians = [statistics.median(contender.seconds) for contender in contenders]
+    result["ours / torch"] = round(medians[1] / medians[0], 3)
+    print(json.dumps(result, indent=1))
+
+
+def _peak_memory(*, forget: bool = False) -> int:
+    """Most bytes resident so far, or since a call with ``forget``; of Linux only."""
+    if forget:
+        Path("/proc/self/clear_refs").write_text("5")
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x)
+    return int(line.split()[1]) * 1024
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    each = commands.add_parser("recipes", help=recipes.__doc__)
+    each.add_argument("text", type=Path)
+    each.add_argument("--unit", default="word", choices=["word", "char", "byte", "bpe"])
+    each.add_argument("--emb", type=int, default=200)
+    each.add_argument("--hidden", type=int, default=200)
+    each.add_argument("--layers", type=int, default=2)
+    each.add_argument("--lr", type=float, default=3e-3)
+    each.add_argument("--steps", type=int, default=4000)
+    each.add_argument("--synonyms", type=Path)
+    each.add_argument("--out", type=Path, default=Path("runs/recipes"))
+    each.set_defaults(run=recipes)
+    each = commands.add_parser("speed", help=speed.__doc__)
+    each.add_argument("--size", default="small", choices=list(SIZES))
+    each.add_argument("--vocabulary", type=int, default=10_000)
+    each.add_argument("--batch", type=int, default=20)
+    each.add_argument("--bptt", type=int, default=35)
+    each.add_argument("--steps", type=int, default=100)
+    each.add_argument("--threads", type=int, default=2)
+    each.add_argument("--only", choices=["ours", "torch"], help=argparse.SUPPRESS)
+    each.set_defaults(run=speed)
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    main()
