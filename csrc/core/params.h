@@ -104,4 +104,22 @@ struct GruBackward {
   void* dh0;        // T [B, H], or null: not wanted
 };
 
+// --- CUDA ----------------------------------------------------------------------------------------
+
+// How the layer's steps are run on a GPU (docs/architecture.md). `automatic` lets the cost model
+// choose; the others are refused where they cannot run the problem.
+enum class CudaTier : int { automatic = 0, stepwise = 1, block = 2, cluster = 3, grid = 4 };
+
+// What a CUDA call needs beside the layer. In a CUDA call all pointers of the layer's struct are to
+// device memory, except Sequence::batch_sizes, and `threads` is not used.
+struct CudaCall {
+  int device;
+  std::uintptr_t stream;    // cudaStream_t; 0 is the default stream
+  const int64_t* offsets;   // [T + 1] in device memory: first row of each step; null for dense
+  void* workspace;          // device memory, aligned to 256 bytes
+  int64_t workspace_bytes;  // at least what the plan asked for
+  CudaTier tier;
+  bool allow_tf32;  // float32 products may be rounded to TF32
+};
+
 }  // namespace rnnlm

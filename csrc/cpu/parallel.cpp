@@ -22,7 +22,7 @@
 namespace rnnlm::cpu {
 namespace {
 
-// --- the OpenMP runtime of this process ---------------------------------------------------------
+// --- the OpenMP runtime of this process ----------------------------------------------------------
 // GNU's entry points, which LLVM's and Intel's runtimes offer as well.
 
 struct OpenMP {

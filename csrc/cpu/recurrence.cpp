@@ -25,7 +25,7 @@
 namespace rnnlm::cpu::RNNLM_ISA {
 namespace {
 
-// --- what all cells share -----------------------------------------------------------------------
+// --- what all cells share ------------------------------------------------------------------------
 
 // Hands out pieces of the workspace. Run once on null to learn the size, once to get the pointers.
 class Arena {
@@ -360,7 +360,7 @@ class InputGates {
   int64_t rows_ = 0, ld_ = 0;
 };
 
-// --- LSTM ---------------------------------------------------------------------------------------
+// --- LSTM ----------------------------------------------------------------------------------------
 
 // 16-bit tensors save pre-activations: near 1 an activation has no bits left for 1 - sigma.
 template <class S>
@@ -611,7 +611,7 @@ class LstmBackwardTask {
   T* dr_ = nullptr;  // [B, R]: gradient of this step's projected h
 };
 
-// --- GRU ----------------------------------------------------------------------------------------
+// --- GRU -----------------------------------------------------------------------------------------
 
 template <class S>
 class GruForwardTask {
@@ -902,7 +902,7 @@ class GruBackwardTask {
   T* da_n_ = nullptr;     // [B, H]: gradient of n's pre-activation, for reset-before
 };
 
-// --- entry points -------------------------------------------------------------------------------
+// --- entry points --------------------------------------------------------------------------------
 
 template <template <class> class Task, class Params>
 Result dispatch(const Params& p) {

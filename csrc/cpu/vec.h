@@ -65,7 +65,7 @@ struct ArithmeticOf<f16> {
 template <class S>
 using Arithmetic = typename ArithmeticOf<S>::type;
 
-// --- fused multiply-add -------------------------------------------------------------------------
+// --- fused multiply-add --------------------------------------------------------------------------
 
 #if defined(__AVX512F__)
 RNNLM_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
@@ -126,7 +126,7 @@ RNNLM_INLINE float sum<float>(Vec<float> v) {
 }
 #endif
 
-// --- 16-bit conversions -------------------------------------------------------------------------
+// --- 16-bit conversions --------------------------------------------------------------------------
 
 typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));  // kLanes<float> halves
 typedef uint32_t Word __attribute__((vector_size(kVectorBytes)));
@@ -183,7 +183,7 @@ RNNLM_INLINE Half narrow(Vec<float> v, f16) {
 }
 #endif
 
-// --- loads and stores, of the first n lanes; the others read as zero ----------------------------
+// --- loads and stores, of the first n lanes; the others read as zero -----------------------------
 
 template <class T>
 RNNLM_INLINE Vec<T> load(const T* p) {
@@ -244,7 +244,7 @@ RNNLM_INLINE Arithmetic<S> to_arithmetic(S x) {
   }
 }
 
-// --- exp, sigmoid, tanh -------------------------------------------------------------------------
+// --- exp, sigmoid, tanh --------------------------------------------------------------------------
 // x = n ln2 + r with |r| <= ln2/2; e^r - 1 by its Taylor series, whose first left-out term is below
 // a tenth of an ulp; 2^n by building the exponent, in two factors so that n may leave the range of
 // normal numbers. Measured errors: tests/test_cpu_math.py.

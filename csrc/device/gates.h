@@ -14,7 +14,7 @@
 
 namespace rnnlm {
 
-// --- LSTM: c' = f c + i g, h = o tanh(c') -------------------------------------------------------
+// --- LSTM: c' = f c + i g, h = o tanh(c') --------------------------------------------------------
 
 template <class V>
 struct LstmGates {
@@ -45,7 +45,23 @@ RNNLM_HD LstmGates<V> lstm_backward(const LstmGates<V>& y, V c_prev, V c, V dh, 
           d_c * y.i * (one - y.g * y.g), dh * tc * y.o * (one - y.o)};
 }
 
-// --- GRU: h' = (1 - z) n + z h ------------------------------------------------------------------
+// The same while dh and dc are not known yet: lstm_backward is linear in them. With
+// d_c = dh * h + dc the gradients of the pre-activations are d_c * i, d_c * f, d_c * g and dh * o,
+// and d_c * c is the dc for the previous step.
+template <class V>
+struct LstmSlopes {
+  V h, i, f, g, o, c;
+};
+
+template <class Math, class V = typename Math::V>
+RNNLM_HD LstmSlopes<V> lstm_slopes(const LstmGates<V>& y, V c_prev, V c) {
+  const V one = V{} + 1;
+  const V tc = Math::tanh(c);
+  return {y.o * (one - tc * tc),   y.g * y.i * (one - y.i), c_prev * y.f * (one - y.f),
+          y.i * (one - y.g * y.g), tc * y.o * (one - y.o),  y.f};
+}
+
+// --- GRU: h' = (1 - z) n + z h -------------------------------------------------------------------
 
 template <class V>
 struct GruGates {

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "device/platform.h"
+
 namespace rnnlm {
 
 struct ProbeTraits {
@@ -15,12 +17,18 @@ struct ProbeTraits {
       1024;  // beyond a few waves of any device a longer loop is as good
 };
 
+struct ProbeArguments {
+  const float* x_ptr;  // [n]
+  float* y_ptr;        // [n]
+  std::int64_t n;
+  float a;
+};
+
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads)
-    probe_kernel(const float* x_ptr, float* y_ptr, std::int64_t n, float a) {
+__global__ void __launch_bounds__(Traits::kThreads) probe_kernel(ProbeArguments p) {
   const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * Traits::kThreads;
   std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * Traits::kThreads + threadIdx.x;
-  for (; i < n; i += stride) y_ptr[i] = a * x_ptr[i] + y_ptr[i];
+  for (; i < p.n; i += stride) p.y_ptr[i] = p.a * p.x_ptr[i] + p.y_ptr[i];
 }
 
 }  // namespace rnnlm

@@ -35,13 +35,22 @@ inline const char* mend_of(cudaError_t error) {
   }
 }
 
-// `doing` completes the sentence "CUDA error while ...".
+// Launches that a device refuses because of what the kernel asks of it: another kernel may do.
+inline bool is_refusal(cudaError_t error) {
+  return error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorInvalidClusterSize ||
+         error == cudaErrorLaunchOutOfResources || error == cudaErrorNotSupported;
+}
+
+// `doing` completes the sentence "CUDA error while ...". The runtime forgets the error, so that the
+// next call of somebody else's does not report it.
 inline Status cuda_status(cudaError_t error, const char* doing) {
   if (error == cudaSuccess) return Status::ok();
+  (void)cudaGetLastError();
   std::string cause = std::string("CUDA error while ") + doing + ": " + cudaGetErrorString(error) +
                       " (" + cudaGetErrorName(error) + ")";
   if (error == cudaErrorMemoryAllocation)
     return Status::out_of_memory(std::move(cause), mend_of(error));
+  if (is_refusal(error)) return Status::unsupported(std::move(cause), mend_of(error));
   return Status::device_error(std::move(cause), mend_of(error));
 }
 

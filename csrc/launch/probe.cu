@@ -1,11 +1,9 @@
 #include "launch/probe.h"
 
-#include <cuda_runtime.h>
-
 #include <algorithm>
 
 #include "kernels/probe.cuh"
-#include "launch/cuda_status.h"
+#include "launch/launch.h"
 
 namespace rnnlm {
 
@@ -29,11 +27,12 @@ Status launch_probe(const ProbeParams& params) {
 
   using Traits = ProbeTraits;
   const std::int64_t blocks = (params.n + Traits::kThreads - 1) / Traits::kThreads;
-  const dim3 grid(static_cast<unsigned>(std::min<std::int64_t>(blocks, Traits::kMaxBlocks)));
-  probe_kernel<Traits>
-      <<<grid, Traits::kThreads, 0, reinterpret_cast<cudaStream_t>(params.stream)>>>(
-          params.x_ptr, params.y_ptr, params.n, params.a);
-  return cuda_status(cudaGetLastError(), "launching the probe kernel");
+  LaunchShape shape;
+  shape.grid_x = static_cast<unsigned>(std::min<std::int64_t>(blocks, Traits::kMaxBlocks));
+  shape.threads = Traits::kThreads;
+  const ProbeArguments arguments{params.x_ptr, params.y_ptr, params.n, params.a};
+  return launch("launching the probe kernel", &probe_kernel<Traits>, shape, params.stream,
+                arguments);
 }
 
 }  // namespace rnnlm
