@@ -1,0 +1,7 @@
+#include "launch/stepwise.h"
+
+namespace rnnlm {
+
+template struct Stepwise<double>;
+
+}  // namespace rnnlm
