@@ -4,30 +4,18 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 from types import ModuleType
 
 import torch
 
+from . import environment
 from .backends import BACKENDS
 from .options import Plan, Problem, RecurrenceOptions
 
 log = logging.getLogger("rnnlm_kernels")
 
 ENVIRONMENT = "RNNLM_BACKEND"
-_ENVIRONMENT_KEY = os.fsencode(ENVIRONMENT)
-
-
-# What os.environ wraps, where the platform has it. os.environ.get raises and catches a KeyError
-# when a variable is not set, which would be 0.5 us of every call.
-_raw_environment = getattr(os.environ, "_data", None) if os.name == "posix" else None
-
-
-def from_environment() -> str | None:
-    """The value of ``RNNLM_BACKEND`` now, None when it is not set or empty."""
-    if _raw_environment is not None and _ENVIRONMENT_KEY not in _raw_environment:
-        return None
-    return os.environ.get(ENVIRONMENT) or None
+from_environment = environment.reader(ENVIRONMENT)
 
 
 class BackendError(RuntimeError):
@@ -60,7 +48,7 @@ def requested(backend: str | None) -> tuple[str, str]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(problem: Problem, backend: str, source: str) -> Plan:
+def _choose(problem: Problem, backend: str, source: str) -> str:
     verdicts = {name: can_run(name, problem) for name in BACKENDS}
     able = [name for name, (ok, _) in verdicts.items() if ok]
     if backend != "auto":
@@ -68,14 +56,13 @@ def _plan(problem: Problem, backend: str, source: str) -> Plan:
         if not ok:
             others = f"backends that can: {able}" if able else "no other backend can either"
             raise BackendError(f"{source}{backend!r} cannot run {problem}: {reason}; {others}")
-        return BACKENDS[backend].plan(problem)
+        return backend
     if not able:
         refusals = "; ".join(f"{name}: {reason}" for name, (_, reason) in verdicts.items())
         raise BackendError(f"no backend can run {problem}: {refusals}")
-    chosen = BACKENDS[able[0]].plan(problem)
-    if chosen.backend == "reference" and problem.device_type != "meta":
+    if able[0] == "reference" and problem.device_type != "meta":
         _warn_slow(verdicts, problem.device_type)
-    return chosen
+    return able[0]
 
 
 @functools.cache
@@ -89,6 +76,11 @@ def _warn_slow(verdicts: dict[str, tuple[bool, str]], device_type: str) -> None:
     _warn_once(f"running the slow reference backend on {device_type} ({reasons})")
 
 
+def choose(problem: Problem, backend: str | None = None) -> str:
+    """The name of the backend that runs a problem; arguments and errors as of :func:`plan`."""
+    return _choose(problem, *requested(backend))
+
+
 def plan(problem: Problem, backend: str | None = None) -> Plan:
     """Choose the backend and kernel for a problem.
 
@@ -100,7 +92,7 @@ def plan(problem: Problem, backend: str | None = None) -> Plan:
         BackendError: the requested backend cannot run the problem (the message says why and which
             backends can), or its name is unknown.
     """
-    return _plan(problem, *requested(backend))
+    return BACKENDS[choose(problem, backend)].plan(problem)
 
 
 def explain(subject: torch.nn.Module | Problem, backend: str | None = None) -> str:
@@ -152,6 +144,7 @@ __all__ = [
     "RecurrenceOptions",
     "backends",
     "can_run",
+    "choose",
     "explain",
     "plan",
     "requested",

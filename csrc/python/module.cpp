@@ -7,6 +7,7 @@
 
 #include "build_config.h"
 #include "python/cpu.h"
+#include "python/cuda.h"
 #include "python/errors.h"
 #if RNNLM_WITH_CUDA
 #include "launch/probe.h"
@@ -61,8 +62,10 @@ PYBIND11_MODULE(_C, m) {
         "cuda (bool), cuda_version (None without CUDA), cuda_archs.");
 
   rnnlm::bind_cpu(m);
+  rnnlm::bind_plan(m);
 
 #if RNNLM_WITH_CUDA
+  rnnlm::bind_cuda(m);
   m.def("cuda_probe", &rnnlm::cuda_probe, py::arg("x_ptr"), py::arg("y_ptr"), py::arg("n"),
         py::arg("a"), py::kw_only(), py::arg("device") = 0, py::arg("stream") = 0,
         "Enqueues y = a*x + y on a stream. x_ptr and y_ptr are device addresses of n float32 "

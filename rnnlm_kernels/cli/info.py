@@ -71,6 +71,7 @@ def gather() -> dict[str, Any]:
         "build": build_info(),
         "machine": machine.describe(),
         "versions": machine.versions(),
+        "cuda": backends()["cuda"].state(),
         "backends": {n: {"available": ok, "reason": why} for n, (ok, why) in available.items()},
         "threads": torch.get_num_threads(),
         "plans": plans,
@@ -89,6 +90,7 @@ def info(
     output.print(_pairs("Build", found["build"]))
     facts = {**found["machine"], "threads torch uses": found["threads"], **found["versions"]}
     output.print(_pairs("Machine", facts))
+    output.print(_pairs("CUDA", found["cuda"]))
     states = table("Backends", ("backend", "available", "reason"))
     for name, state in found["backends"].items():
         states.add_row(name, "yes" if state["available"] else "no", state["reason"])

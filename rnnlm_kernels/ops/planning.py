@@ -33,7 +33,7 @@ def _choose(
 ) -> tuple[ModuleType, RecurrenceOptions]:
     """The backend of a layer. It may not depend on T or B: under torch.compile those are symbols.
 
-    ``environment`` is the value of RNNLM_BACKEND, for :func:`dispatch.plan` reads it too.
+    ``environment`` is the value of RNNLM_BACKEND, for :func:`dispatch.choose` reads it too.
     """
     del environment
     options = RecurrenceOptions(reset, reverse, packed, return_cells)
@@ -47,7 +47,7 @@ def _choose(
         training=save,
         options=options,
     )
-    return BACKENDS[dispatch.plan(problem, backend).backend], options
+    return BACKENDS[dispatch.choose(problem, backend)], options
 
 
 def plan_layer(

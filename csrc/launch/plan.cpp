@@ -1,0 +1,341 @@
+// Which tier runs a problem, and in what shape. The costs are those of cost_model.h; what a tier
+// can run at all is decided here.
+#include "launch/plan.h"
+
+#include <algorithm>
+#include <initializer_list>
+
+#include "launch/cluster_resources.h"
+#include "launch/cost_model.h"
+#include "launch/grid_backward_resources.h"
+#include "launch/grid_forward_resources.h"
+#include "launch/tiers.h"
+
+namespace rnnlm {
+namespace {
+
+constexpr CudaTier kTiers[] = {CudaTier::stepwise, CudaTier::block, CudaTier::cluster,
+                               CudaTier::grid};
+constexpr int64_t kTileRows = 8;  // batch rows of a tensor-core tile
+constexpr int kMostBackwardTiles = 2;
+
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+int64_t round_up(int64_t a, int64_t b) {
+  return ceil_div(a, b) * b;
+}
+int size_of(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+bool is_16_bit(DType dtype) {
+  return dtype == DType::bf16 || dtype == DType::f16;
+}
+
+// Whether float32 products may be rounded to TF32.
+bool is_tf32(const CudaProblem& p) {
+  return p.dtype == DType::f32 && p.allow_tf32;
+}
+
+// --- costs
+
+// Of gates, states and saved tensors of a step, however they are computed.
+double memory_us(const CudaProblem& p) {
+  // The gates that come in and those that are saved, h, and a cell state twice as wide.
+  const double values = p.gates() * 2 + 3;
+  return values * size_of(p.dtype) * double(p.batch) * double(p.hidden) / kCostModel.memory;
+}
+
+// Products of `units` units of a layer and `rows` rows on one SM. `splits` warps share a sum.
+double product_us(const CudaProblem& p, int64_t units, int64_t rows, int splits) {
+  const bool forward = p.pass == Pass::forward;
+  const double flops = 2.0 * p.gates() * double(units) * double(p.hidden) * double(rows);
+  const double tiles =
+      double(ceil_div(units * (forward ? p.gates() : 1), 16)) * double(ceil_div(rows, kTileRows));
+  const double k = double(p.hidden) * (forward ? 1 : p.gates());
+  // An instruction on TF32 multiplies half as many k.
+  const double halves = is_16_bit(p.dtype) ? 1 : 2;
+  const double chain = k / 16 / splits * kCostModel.mma_cycles / std::min(4.0, tiles);
+  return kCostModel.us(halves * std::max(flops / kCostModel.tensor_flops, chain));
+}
+
+// From the sums of a step to what the next one starts from, of `units` units and `rows` rows;
+// `sums`: those that several warps share.
+double tail_us(const CudaProblem& p, int64_t units, int64_t rows, int64_t sums) {
+  return kCostModel.us(kCostModel.tail_cycles +
+                       kCostModel.gate_cycles * p.gates() * double(units * rows) +
+                       kCostModel.sum_cycles * double(sums));
+}
+
+// Exchanges of a step that wait for each other, and bytes that they hand over for each row: h (and
+// r * h), or the gradients of all gates.
+int exchanges(const CudaProblem& p) {
+  return p.cell == Cell::gru_before ? 2 : 1;
+}
+double message_bytes(const CudaProblem& p) {
+  return double(p.hidden) * size_of(p.dtype) * (p.pass == Pass::forward ? exchanges(p) : p.gates());
+}
+
+double weight_bytes(const CudaProblem& p) {
+  return double(p.gates()) * double(p.hidden) * double(p.hidden) * size_of(p.dtype);
+}
+
+Forecast unable(const char* obstacle) {
+  Forecast forecast;
+  forecast.obstacle = obstacle;
+  return forecast;
+}
+
+// Batch rows for which a stepwise launch reads weights once (launch/stepwise_launcher.h).
+int64_t step_columns(const CudaProblem& p) {
+  if (p.dtype == DType::f64) return 16;
+  if (p.batch <= kTileRows) return kTileRows;
+  return p.batch <= 32 || !is_16_bit(p.dtype) ? 32 : 64;
+}
+
+// All CTAs read their rows of weights and of state out of L2, whoever else reads the same.
+Forecast stepwise(const CudaProblem& p, const DeviceLimits& device) {
+  const CostModel& m = kCostModel;
+  constexpr double kCtaRows = 64;  // weight rows of a CTA
+  const double row_bytes = double(p.proj ? p.proj : p.hidden) * size_of(p.dtype);
+  const double weight_rows = double(p.gates()) * double(p.hidden);
+  const double weights = weight_rows * row_bytes;
+  const double from_l2 = weights * double(ceil_div(p.batch, step_columns(p))) +
+                         row_bytes * double(p.batch) * std::max(1.0, weight_rows / kCtaRows);
+  const double stream =
+      std::max(from_l2 / m.l2_all,
+               weights / (weights <= m.l2_capacity ? m.weights_from_l2 : m.weights_from_memory));
+  const double rate = is_16_bit(p.dtype)      ? m.step_flops_16
+                      : p.dtype == DType::f64 ? m.step_flops_f64
+                      : p.allow_tf32          ? m.step_flops_tf32
+                                              : m.step_flops_f32;
+  const double flops = 2 * weights / size_of(p.dtype) * double(p.batch);
+  const int launches = exchanges(p) + (p.proj ? 1 : 0);
+  const double ramp = device.compute_capability >= 90 ? m.overlapped_ramp_us : m.launch_ramp_us;
+  const double busy =
+      ramp * launches + std::max({stream, flops / rate, memory_us(p)}) + m.step_tail_us;
+  Forecast forecast;
+  forecast.able = true;
+  forecast.us_per_step = std::max(busy, m.host_launch_us * launches);
+  return forecast;
+}
+
+// What every persistent tier asks for; null if it gets it.
+const char* persistent_obstacle(const CudaProblem& p) {
+  if (!is_16_bit(p.dtype) && !is_tf32(p)) return "its kernels are for bfloat16 and float16";
+  if (p.proj) return "it has no kernel with a projection";
+  if (p.hidden % 8) return "the hidden size is not a multiple of 8";
+  return nullptr;
+}
+
+// Launches of a persistent call, and its weights: once from memory, and from L2 to every CTA that
+// holds a copy.
+double persistent_us_per_call(const CudaProblem& p, int launches, int64_t copies) {
+  return launches * kCostModel.host_launch_us +
+         weight_bytes(p) *
+             (1 / kCostModel.weights_from_memory + double(copies) / kCostModel.weights_from_l2);
+}
+
+// --- grid
+
+int64_t grid_shared_bytes(const CudaProblem& p, const GridPlan& plan) {
+  return p.pass == Pass::forward
+             ? grid_forward_shared_bytes(p.cell, p.dtype, plan.fragments, plan.tiles, plan.rows)
+             : grid_backward_shared_bytes(p.cell, p.dtype, plan.fragments, plan.tiles, plan.rows);
+}
+
+// A group computes its rows in passes of the same kind; a pass of the next step can start when all
+// CTAs have ended this one, so that with several passes the exchange of one hides behind the
+// others.
+double grid_us_per_step(const CudaProblem& p, const GridPlan& plan) {
+  const CostModel& m = kCostModel;
+  const int64_t columns = kTileRows * plan.tiles, passes = ceil_div(plan.rows, columns);
+  const double bandwidth = std::min(m.l2_one_sm, m.l2_all / (plan.ctas * plan.groups));
+  const double load = double(columns) * message_bytes(p) / bandwidth;
+  const int n = exchanges(p);
+  // Shared memory holds weights of the widest layers only; each pass reads them again.
+  GridPlan narrow = plan;
+  narrow.fragments = 1;
+  const double weights = double(grid_shared_bytes(p, plan) - grid_shared_bytes(p, narrow));
+  const int64_t sums = kGridUnits * columns * (p.pass == Pass::forward ? p.gates() : 1);
+  const double pass = std::max(load, product_us(p, kGridUnits, columns, kGridWarps)) +
+                      m.us(weights / m.shared_bytes) + tail_us(p, kGridUnits, columns, sums) +
+                      (n - 1) * m.us(m.tail_cycles);
+  return std::max({n * m.payload_hop_us + pass, double(passes) * pass, memory_us(p)});
+}
+
+int64_t grid_workspace(const CudaProblem& p) {
+  const bool resets_first = p.cell == Cell::gru_before && p.pass == Pass::forward;
+  return kAbortBytes + (resets_first ? p.rows * p.hidden * size_of(p.dtype) : 0);  // r * h
+}
+
+Forecast grid(const CudaProblem& p, const DeviceLimits& device, GridPlan* best) {
+  if (const char* obstacle = persistent_obstacle(p)) return unable(obstacle);
+  if (!device.cooperative) return unable("the device refuses cooperative launches");
+  if (is_tf32(p) && p.pass == Pass::backward)
+    return unable("its backward kernels are for bfloat16 and float16");
+  const int fragments = grid_forward_fragments(p.dtype, p.hidden);
+  if (fragments == 0)
+    return unable(is_tf32(p) ? "the hidden size is above 1024" : "the hidden size is above 2048");
+  const int64_t ctas = ceil_div(p.hidden, kGridUnits);
+  if (ctas > device.sms) return unable("it needs more SMs than the device has");
+
+  Forecast forecast = unable("it needs more shared memory than the device has");
+  const int64_t most_groups = std::min(device.sms / ctas, ceil_div(p.batch, kTileRows));
+  const int most_tiles =
+      p.pass == Pass::forward ? grid_forward_most_tiles(fragments) : kMostBackwardTiles;
+  for (int64_t groups = 1; groups <= most_groups; ++groups) {
+    const int64_t rows = round_up(ceil_div(p.batch, groups), kTileRows);
+    if (ceil_div(p.batch, rows) != groups) continue;  // fewer groups hold as many rows each
+    for (int tiles = 1; tiles <= most_tiles; ++tiles) {
+      GridPlan plan{fragments, tiles, int(ctas), int(groups), int(rows), grid_workspace(p)};
+      if (grid_shared_bytes(p, plan) > int64_t(device.shared_per_block)) continue;
+      const double us = grid_us_per_step(p, plan);
+      if (forecast.able && us >= forecast.us_per_step) continue;
+      // Filling, clearing the abort word, the kernel, kernels/finish.cuh.
+      forecast = {true, "", us, persistent_us_per_call(p, 4, groups)};
+      *best = plan;
+    }
+  }
+  return forecast;
+}
+
+// --- block and cluster
+
+// Clusters of `ctas` CTAs that run side by side. A cluster lies within a group of SMs that shares
+// their crossbar, and groups are not multiples of it (quoted, H100: 66 of 2, 30 of 4, 15 of 8).
+int64_t resident_clusters(const DeviceLimits& device, int ctas) {
+  return std::max<int64_t>(1, ctas <= 2 ? device.sms / ctas : device.sms * 10 / (11 * ctas));
+}
+
+double cluster_us_per_step(const CudaProblem& p, const ClusterPlan& plan, int64_t shared_bytes,
+                           int64_t resident) {
+  const CostModel& m = kCostModel;
+  const int n = plan.ctas, hops = exchanges(p);
+  const double sent = plan.rows * message_bytes(p) * (n - 1) / n;
+  const double hop =
+      n == 1 ? hops * m.block_hop_us : hops * m.cluster_hop_us + sent / m.cluster_one_sm;
+  const int64_t units = ceil_div(p.hidden, n);
+  const double step = hop + product_us(p, units, plan.rows, 1) +
+                      m.us(double(shared_bytes) / m.shared_bytes) +
+                      tail_us(p, units, plan.rows, /*sums=*/0) + (hops - 1) * m.us(m.tail_cycles);
+  return std::max(double(ceil_div(plan.clusters, resident)) * step, memory_us(p));
+}
+
+Forecast clusters(const CudaProblem& p, const DeviceLimits& device,
+                  std::initializer_list<int> sizes, ClusterPlan* best) {
+  if (const char* obstacle = persistent_obstacle(p)) return unable(obstacle);
+  if (is_tf32(p)) return unable("its kernels are for bfloat16 and float16");
+  Forecast forecast = unable("the hidden size is above what it holds");
+  for (const int ctas : sizes) {
+    const ClusterPlan plan{ctas, int(ceil_div(p.batch, kClusterPlanRows)), kClusterPlanRows,
+                           kAbortBytes};
+    int64_t shared = 0;
+    if (!cluster_fits(p.cell, p.pass, p.dtype, p.hidden, ctas, plan.rows, &shared)) continue;
+    if (!forecast.able && shared > int64_t(device.shared_per_block))
+      forecast.obstacle = "it needs more shared memory than the device has";
+    if (shared > int64_t(device.shared_per_block) || ctas > device.sms) continue;
+    const int64_t resident = resident_clusters(device, ctas);
+    const double us = cluster_us_per_step(p, plan, shared, resident);
+    if (forecast.able && us >= forecast.us_per_step) continue;
+    const int64_t copies = std::min<int64_t>(plan.clusters, resident);
+    forecast = {true, "", us, persistent_us_per_call(p, ctas == 1 ? 1 : 3, copies)};
+    *best = plan;
+  }
+  return forecast;
+}
+
+Forecast block(const CudaProblem& p, const DeviceLimits& device, ClusterPlan* best) {
+  return clusters(p, device, {1}, best);
+}
+
+Forecast cluster(const CudaProblem& p, const DeviceLimits& device, ClusterPlan* best) {
+  if (device.compute_capability < 90) return unable("clusters need compute capability 9.0");
+  // More than 8 are beyond what CUDA promises; the GPUs of data centres have them.
+  if (device.compute_capability >= 120) return clusters(p, device, {2, 4, 8}, best);
+  return clusters(p, device, {2, 4, 8, 16}, best);
+}
+
+const char* const kOff = "it is off since it failed on this device";
+
+}  // namespace
+
+CudaChoice choose(const CudaProblem& problem, const DeviceLimits& device, CudaTier wanted) {
+  CudaChoice choice;
+  ClusterPlan block_plan, cluster_plan;
+  auto forecast = [&](CudaTier tier) -> Forecast& { return choice.forecasts[int(tier)]; };
+  forecast(CudaTier::stepwise) = stepwise(problem, device);
+  forecast(CudaTier::block) = block(problem, device, &block_plan);
+  forecast(CudaTier::cluster) = cluster(problem, device, &cluster_plan);
+  forecast(CudaTier::grid) = grid(problem, device, &choice.grid);
+  for (const CudaTier tier : kTiers) {
+    if (device.off[int(tier)] && tier != CudaTier::stepwise) forecast(tier) = unable(kOff);
+  }
+
+  if (wanted != CudaTier::automatic) {
+    if (forecast(wanted).able) choice.tier = wanted;
+  } else {
+    choice.tier = CudaTier::stepwise;
+    double limit = kCostModel.required_share * forecast(CudaTier::stepwise).us(problem.steps);
+    for (const CudaTier tier : {CudaTier::block, CudaTier::cluster, CudaTier::grid}) {
+      if (!forecast(tier).able || forecast(tier).us(problem.steps) >= limit) continue;
+      limit = forecast(tier).us(problem.steps);
+      choice.tier = tier;
+    }
+  }
+  choice.cluster = choice.tier == CudaTier::block ? block_plan : cluster_plan;
+
+  // A tier may be switched off, and another take its place, between planning and running.
+  const struct {
+    CudaTier tier;
+    int64_t bytes;
+  } persistent[] = {{CudaTier::block, block_plan.workspace},
+                    {CudaTier::cluster, cluster_plan.workspace},
+                    {CudaTier::grid, choice.grid.workspace}};
+  for (const auto& one : persistent) {
+    if (forecast(one.tier).able && (wanted == CudaTier::automatic || wanted == one.tier))
+      choice.workspace = std::max(choice.workspace, one.bytes);
+  }
+  return choice;
+}
+
+const char* tier_name(CudaTier tier) {
+  switch (tier) {
+    case CudaTier::automatic:
+      return "auto";
+    case CudaTier::stepwise:
+      return "stepwise";
+    case CudaTier::block:
+      return "block";
+    case CudaTier::cluster:
+      return "cluster";
+    case CudaTier::grid:
+      return "grid";
+  }
+  return "";
+}
+
+std::string describe(const CudaChoice& choice) {
+  const auto count = [](int n, const char* what) {
+    return std::to_string(n) + " " + what + (n == 1 ? "" : "s");
+  };
+  const std::string name = tier_name(choice.tier);
+  switch (choice.tier) {
+    case CudaTier::automatic:
+      return {};
+    case CudaTier::stepwise:
+      return name;
+    case CudaTier::block:
+      return name + ", " + count(choice.cluster.clusters, "CTA") + ", " +
+             count(choice.cluster.rows, "row") + " each";
+    case CudaTier::cluster:
+      return name + ", " + count(choice.cluster.clusters, "cluster") + " of " +
+             count(choice.cluster.ctas, "CTA") + ", " + count(choice.cluster.rows, "row") + " each";
+    case CudaTier::grid:
+      return name + ", " + count(choice.grid.groups, "group") + " of " +
+             count(choice.grid.ctas, "CTA") + ", " + count(choice.grid.rows, "row") + " each";
+  }
+  return {};
+}
+
+}  // namespace rnnlm

@@ -1,0 +1,298 @@
+"""The CUDA kernels on a real GPU: what the emulator shows of every tier, and what only a device can
+show: streams, graphs, memory, and that nothing waits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from cuda_emulated import Emulated
+from recurrence_cases import (
+    CELLS,
+    DTYPES,
+    VARIANTS,
+    Layer,
+    assert_near_oracle,
+    assert_same_bits,
+    cotangents,
+    layer,
+    results_and_gradients,
+)
+from torch import Tensor, nn
+
+import rnnlm_kernels
+from rnnlm_kernels.backends import cuda
+from rnnlm_kernels.bench.workload import Workload
+from rnnlm_kernels.check import check_problem
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"),
+]
+
+BF16 = torch.bfloat16
+TIERS = cuda.TIERS[1:]
+every_cell = pytest.mark.parametrize("cell", CELLS)
+every_tier = pytest.mark.parametrize("tier", TIERS)
+# Hidden sizes that a tier spreads over several warps and, where it has them, several CTAs.
+WIDE = {"stepwise": 200, "block": 120, "cluster": 240, "grid": 504}
+
+
+@contextmanager
+def on_gpu(tier: str = "auto") -> Iterator[Emulated]:
+    """Runs in one tier, and lists in ``ran`` the tiers of all calls."""
+    assert cuda.available()[0], cuda.available()[1]
+    device = Emulated(cuda.native)
+    with (
+        mock.patch.dict("os.environ", {cuda.ENVIRONMENT: tier}),
+        mock.patch.object(cuda, "native", device),
+    ):
+        yield device
+        torch.cuda.synchronize()
+        assert device.cuda_take_failure(torch.cuda.current_device()) == ""
+
+
+@pytest.fixture(autouse=True)
+def _no_tf32() -> Iterator[None]:
+    if cuda._precision is None:
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            yield
+        return
+    rnn = torch.backends.cudnn.rnn
+    before = rnn.fp32_precision
+    rnn.fp32_precision = "ieee"
+    yield
+    rnn.fp32_precision = before
+
+
+def gpu(given: Layer) -> Layer:
+    return given.map(lambda t: t.cuda())
+
+
+def needs(tier: str, hidden: int) -> None:
+    """Skips where the device has no such tier."""
+    limits = cuda.native.cuda_device_limits(torch.cuda.current_device())
+    arguments = (0, True, 2, 9, 9, hidden, 0, 81, False, False, limits, cuda.TIERS.index(tier))
+    found = cuda.native.cuda_plan(*arguments)
+    if found["tier"] is None:
+        pytest.skip(found["forecasts"][tier]["obstacle"])
+
+
+def wide(cell: str, tier: str, T: int = 20, B: int = 21, **options: Any) -> Layer:
+    needs(tier, WIDE[tier])
+    return gpu(layer(cell, T, B, 16, WIDE[tier], scale=0.1, **options).to(BF16))
+
+
+# --- right --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+@every_cell
+def test_stepwise_is_near_the_oracle_in_every_dtype(cell: str, variant: dict, dtype) -> None:
+    with on_gpu("stepwise"):
+        assert_near_oracle(gpu(layer(cell, **variant)), dtype, backend="cuda")
+
+
+@every_tier
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+@every_cell
+def test_every_tier_is_near_the_oracle(cell: str, variant: dict[str, Any], tier: str) -> None:
+    needs(tier, 24)
+    with on_gpu(tier) as device:
+        assert_near_oracle(gpu(layer(cell, H=24, **variant)), BF16, backend="cuda")
+        assert device.ran == [tier, tier]
+
+
+@every_tier
+@pytest.mark.parametrize(
+    "lengths", [None, (20,) * 9 + (13,) * 8 + (1,) * 4], ids=["dense", "packed"]
+)
+@every_cell
+def test_wide_layers_are_near_the_oracle(cell: str, lengths, tier: str) -> None:
+    given = wide(cell, tier, lengths=lengths)
+    for dtype in (torch.bfloat16, torch.float16):
+        with on_gpu(tier) as device:
+            assert_near_oracle(given, dtype, backend="cuda")
+            assert device.ran == [tier, tier]
+
+
+SIZES = {
+    "B1-H512": (64, 1, 512),
+    "B16-H1024": (64, 16, 1024),
+    "B64-H768": (32, 64, 768),
+    "B8-H2048": (12, 8, 2048),
+    "B256-H128": (64, 256, 128),
+}
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@every_cell
+def test_modules_are_right_by_the_rule_of_the_check(cell: str, dtype: str, size) -> None:
+    """As accurate as cuDNN, outputs and gradients, in whatever tier is chosen."""
+    T, B, H = size
+    workload = Workload(cell, T, B, H, H, dtype=dtype, device="cuda", mode="training")
+    with on_gpu():
+        result = check_problem(workload, "cuda")
+    assert result.ok, result.summary()
+
+
+def test_autocast_trains_as_on_a_cpu() -> None:
+    torch.manual_seed(0)
+    ours = rnnlm_kernels.LSTM(32, 64, backend="cuda").cuda()
+    x = torch.randn(12, 4, 32, device="cuda")
+    with on_gpu(), torch.autocast("cuda", BF16):
+        output, _ = ours(x)
+        output.float().sum().backward()
+    assert output.dtype == BF16
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in ours.parameters())
+
+
+# --- the same -----------------------------------------------------------------------------------
+
+
+@every_tier
+@every_cell
+def test_runs_give_the_same_bits(cell: str, tier: str) -> None:
+    given = wide(cell, tier, T=50)
+    with on_gpu(tier):
+        run = lambda: results_and_gradients(given, lambda *t: given.call(*t, backend="cuda"))  # noqa: E731
+        first = run()
+        for _ in range(5):
+            assert_same_bits(run(), first)
+
+
+@every_tier
+def test_a_graph_replays_on_new_inputs(tier: str) -> None:
+    """Forward and backward, captured together."""
+    given = wide("lstm", tier).leaves()
+    slopes: list[Tensor] = []
+
+    def step() -> list[Tensor]:
+        outputs = given.call(backend="cuda")
+        slopes.extend(cotangents(outputs) if not slopes else [])
+        return [*outputs, *torch.autograd.grad(outputs, given.present, slopes)]
+
+    with on_gpu(tier) as device:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            static = step()
+        x = given.get("x")
+        for seed in (1, 2):
+            with torch.no_grad():
+                x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
+            graph.replay()
+            found = [t.clone() for t in static]
+            for one, other in zip(found, step(), strict=True):
+                assert torch.equal(one, other)
+        assert set(device.ran) == {tier}
+
+
+def test_packed_sequences_are_captured_stepwise() -> None:
+    given = gpu(layer("gru", lengths=(300, 9, 2), H=64).to(BF16))
+    with on_gpu() as device, torch.no_grad():
+        given.call(backend="cuda")
+        assert device.ran != ["stepwise"]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            static = given.call(backend="cuda")
+        assert device.ran[-1] == "stepwise"
+        graph.replay()
+        expected = given.call(backend="cuda")
+    for one, other in zip(static, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.02)
+
+
+@every_tier
+def test_layers_on_several_streams_do_not_disturb_each_other(tier: str) -> None:
+    layers = [wide("lstm", tier, T=60, seed=seed) for seed in range(3)]
+    with on_gpu(tier), torch.no_grad():
+        expected = [one.call(backend="cuda") for one in layers]
+        streams = [torch.cuda.Stream() for _ in layers]
+        torch.cuda.synchronize()
+        for _ in range(3):
+            found = []
+            for stream, one in zip(streams, layers, strict=True):
+                with torch.cuda.stream(stream):
+                    found.append(one.call(backend="cuda"))
+            torch.cuda.synchronize()
+            for mine, theirs in zip(found, expected, strict=True):
+                assert all(map(torch.equal, mine, theirs))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@every_tier
+def test_a_layer_runs_on_the_device_of_its_tensors(tier: str) -> None:
+    given = wide("gru", tier)
+    with on_gpu(tier), torch.no_grad():
+        expected = given.call(backend="cuda")
+        found = given.map(lambda t: t.to("cuda:1")).call(backend="cuda")
+    assert torch.cuda.current_device() == 0
+    for one, other in zip(found, expected, strict=True):
+        assert one.device == torch.device("cuda:1")
+        assert torch.equal(one.to(other.device), other)
+
+
+# --- no more than needed ------------------------------------------------------------------------
+
+
+@every_tier
+@pytest.mark.parametrize("lengths", [None, (9, 5, 2)], ids=["dense", "packed"])
+def test_a_forward_pass_waits_for_nothing(tier: str, lengths) -> None:
+    given = wide("lstm", tier, lengths=lengths)
+    with on_gpu(tier), torch.no_grad():
+        given.call(backend="cuda")
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            torch.cuda._sleep(400_000_000)  # a fifth of a second, in which no kernel of ours starts
+            behind = torch.cuda.Event()
+            behind.record()
+            given.call(backend="cuda")
+            assert not behind.query()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def peak_bytes(run: Callable[[], None]) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_peak_memory_is_below_cudnns(kind: str, mode: str) -> None:
+    T, B, H = 256, 32, 512
+    torch.manual_seed(0)
+    theirs: nn.Module = getattr(nn, kind)(H, H).cuda().to(BF16)
+    ours: nn.Module = getattr(rnnlm_kernels, kind)(H, H, backend="cuda").cuda().to(BF16)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(T, B, H, device="cuda", dtype=BF16)
+
+    def run(module: nn.Module) -> Callable[[], None]:
+        def step() -> None:
+            with torch.set_grad_enabled(mode == "training"):
+                output, _ = module(x)
+            if mode == "training":
+                output.sum().backward()
+
+        return step
+
+    with on_gpu():
+        for module in (ours, theirs):  # allocates gradients and what is kept between calls
+            run(module)()
+        assert peak_bytes(run(ours)) < peak_bytes(run(theirs))
