@@ -1,0 +1,767 @@
+// The grid tier's backward pass: one cooperative launch walks through all steps, from the one that
+// forward took last to its first, with the weights in registers.
+//
+// Who owns what. A group of CTAs (blockIdx.y) runs the batch rows `rows` blockIdx.y ... and waits
+// for no other group. Within it CTA blockIdx.x owns 16 hidden units: it computes dh of those units,
+// does their gates' backward, and so produces 16 units of every gate of dgates. For dh it needs
+//
+//   dh[b, unit] = sum over k of d[b, k] W_hh[k, unit]      k: rows of W_hh, G*H in all
+//
+// that is, 16 columns of W_hh, which it loads once, as A fragments of 16 units x k, and the
+// gradients of all units of the step before (in the order of this pass). Its 8 warps split k.
+//
+// What is exchanged when. The message is dgates itself (for GRU with the reset after, `candidate`
+// carries the part that multiplies W_hn), each word its own flag (device/exchange.h): both tensors
+// are filled with kNotYetByte before the launch. LSTM and GRU with the reset after exchange once a
+// step. GRU with the reset before exchanges twice: da_n, for q = da_n W_hn, then da_r and da_z.
+//
+// A pass of a step is 8 * kTiles batch rows; a group with more rows makes several. Of each pass:
+//
+//   1. before the wait, thread (unit, row) turns what forward saved into slopes: the gradients per
+//      unit of dh. Its loads find in L2 what was prefetched two steps ago.
+//   2. all warps poll 16-byte vectors of the rows' gradients, which arrive in registers as the B
+//      operands of the MMAs; loads of one batch of fragments are under way while another is
+//      multiplied. Rows that no CTA writes are not polled.
+//   3. partial sums to shared memory, the only __syncthreads of the pass, and the sum over warps.
+//   4. dh, a few multiply-adds, and the words to publish. Nothing is released or fenced.
+//
+// Sums run in a fixed order. A wait that gives up leaves word in `gave_up`, which all threads read
+// after the barrier and then return: nothing is published beyond that step.
+#pragma once
+
+#include "device/cell.h"
+#include "device/exchange.h"
+#include "device/product.h"
+#include "device/sequence.h"
+
+namespace rnnlm {
+
+// Shapes as in core/params.h; G is the number of gates, A float for 16-bit T.
+template <class T>
+struct GridBackwardParams {
+  DeviceSequence seq;
+  int hidden;
+  int rows;                         // batch rows of a group
+  const T* grad_output;             // [N, H] or null, as the next three
+  const T* grad_h_n;                // [B, H]
+  const T* grad_c_n;                // [B, H]; LSTM
+  const Arithmetic<T>* grad_cells;  // [N, H]; LSTM
+  const T* w_hh;                    // [G*H, H]
+  const T* initial;                 // [B, H]: LSTM c0, GRU h0
+  const Arithmetic<T>* cells;       // [N, H]; LSTM
+  const T* output;                  // [N, H]; GRU
+  const T* saved;                   // [N, 4H], or [N, 3H] for GRU with the reset before
+  T* dgates;                        // [N, G*H], filled with kNotYetByte
+  T* candidate;                     // [N, H]; GRU; with the reset after filled likewise
+  T* dh0;                           // [B, H], or null, together with dc0: not wanted
+  T* dc0;                           // [B, H]; LSTM
+  uint32_t* abort_word;
+  WaitLimit limit;
+};
+
+// One unit of one batch row in one step.
+struct GridBackwardElement {
+  int64_t row;     // of the step's tensors
+  int64_t before;  // row of the step that forward took before; -1: none, the initial state
+  int batch_row;
+  int unit;
+  bool live;   // the step holds the row
+  bool joins;  // forward took the row no further than this step
+};
+
+// --- what a unit does in a step ------------------------------------------------------------------
+//
+// Each cell keeps one number per element from step to step (`state`): LSTM dc, GRU the part of dh
+// that does not pass through the product. prepare() does all that needs no dh; finish_step() goes
+// on from the product; finish_row() serves rows whose first step was the step before. All lanes of
+// a warp call finish_step() together; elements that are not live change nothing.
+//
+// The rows of W_hh are held in one or two parts: gates 0 .. kFirstGates - 1, then the rest. The
+// first part multiplies the first gates of dgates.
+//
+// Gradients are published as words of two neighbouring units. Of two gates a and b the lane of the
+// even unit stores the word of a, that of the odd unit the word of b.
+
+RNNLM_DEVICE bool is_odd(int unit) {
+  return (unit & 1) != 0;
+}
+// Where a lane stores: at_a and at_b are the places of its own unit.
+template <class T>
+RNNLM_DEVICE T* pair_place(int unit, T* at_a, T* at_b) {
+  return is_odd(unit) ? at_b - 1 : at_a;
+}
+template <class T>
+RNNLM_DEVICE void publish_pair(bool live, int unit, T* at, float a, float b) {
+  const uint32_t own = pair_bits<T>(a, b), other = ptx::shuffle_xor(own, 1);
+  const uint32_t word =
+      is_odd(unit) ? other >> 16 | (own & 0xFFFF0000u) : (own & 0xFFFFu) | other << 16;
+  if (live) ptx::st_relaxed(reinterpret_cast<uint32_t*>(at), publishable_pair(word));
+}
+
+template <class T>
+struct LstmGridBackward {
+  using Params = GridBackwardParams<T>;
+  using Math = ScalarMath<float>;
+  static constexpr int kGates = 4, kFirstGates = 4;
+  static constexpr int kSavedGates = 4;
+  static constexpr int kExchanges = 1;
+  static constexpr bool kRestInCandidate = false;
+
+  struct Ready {
+    LstmSlopes<float> slope;
+    float dh, dc;
+    T* i_or_f;
+  };
+  static RNNLM_DEVICE Ready prepare(const Params& p, const GridBackwardElement& e, float state) {
+    const int64_t H = p.hidden, at = e.row * H + e.unit, initial = e.batch_row * H + e.unit;
+    const LstmGates<float> gates = saved_lstm_gates(p.saved + e.row * 4 * H, H, e.unit);
+    const float c_before =
+        e.before < 0 ? to_arithmetic(p.initial[initial]) : p.cells[e.before * H + e.unit];
+    T* d = p.dgates + e.row * 4 * H + e.unit;
+    Ready ready{lstm_slopes<Math>(gates, c_before, p.cells[at]), load_or_zero(p.grad_output, at),
+                load_or_zero(p.grad_cells, at), pair_place(e.unit, d, d + H)};
+    if (e.joins) {
+      ready.dh += load_or_zero(p.grad_h_n, initial);
+      state = load_or_zero(p.grad_c_n, initial);
+    }
+    ready.dc += state;
+    return ready;
+  }
+  static RNNLM_DEVICE void finish_step(const Params& p, bool live, int unit, const Ready& ready,
+                                       float product, float& state) {
+    const LstmSlopes<float>& slope = ready.slope;
+    const float dh = product + ready.dh, d_c = Math::fma(dh, slope.h, ready.dc);
+    publish_pair(live, unit, ready.i_or_f, d_c * slope.i, d_c * slope.f);
+    T* g_or_o = ready.i_or_f + 2 * int64_t{p.hidden};
+    publish_pair(live, unit, g_or_o, d_c * slope.g, dh * slope.o);
+    if (live) state = d_c * slope.c;
+  }
+  static RNNLM_DEVICE void finish_row(const Params& p, int batch_row, int unit, float product,
+                                      float state) {
+    const int64_t at = int64_t{batch_row} * p.hidden + unit;
+    p.dh0[at] = from_arithmetic<T>(product);
+    p.dc0[at] = from_arithmetic<T>(state);
+  }
+  static RNNLM_DEVICE void prefetch_state(const Params& p, int64_t at) {
+    ptx::prefetch_l2(p.cells + at);
+    if (p.grad_cells != nullptr) ptx::prefetch_l2(p.grad_cells + at);
+  }
+};
+
+// What both variants of the GRU have in common.
+template <class T>
+struct GruGridBackward {
+  using Params = GridBackwardParams<T>;
+  using Math = ScalarMath<float>;
+  static constexpr int kGates = 3, kFirstGates = 2;
+
+  static RNNLM_DEVICE float h_before(const Params& p, const GridBackwardElement& e) {
+    const int64_t H = p.hidden;
+    return to_arithmetic(e.before < 0 ? p.initial[e.batch_row * H + e.unit]
+                                      : p.output[e.before * H + e.unit]);
+  }
+  // dh without the product.
+  static RNNLM_DEVICE float known_dh(const Params& p, const GridBackwardElement& e, float state) {
+    const int64_t H = p.hidden;
+    if (e.joins) state = load_or_zero(p.grad_h_n, e.batch_row * H + e.unit);
+    return state + load_or_zero(p.grad_output, e.row * H + e.unit);
+  }
+  static RNNLM_DEVICE T* dgates(const Params& p, const GridBackwardElement& e) {
+    return p.dgates + e.row * 3 * p.hidden + e.unit;
+  }
+  static RNNLM_DEVICE T* candidate(const Params& p, const GridBackwardElement& e) {
+    return p.candidate + e.row * p.hidden + e.unit;
+  }
+  static RNNLM_DEVICE void finish_row(const Params& p, int batch_row, int unit, float product,
+                                      float state) {
+    p.dh0[int64_t{batch_row} * p.hidden + unit] = from_arithmetic<T>(product + state);
+  }
+  static RNNLM_DEVICE void prefetch_state(const Params& p, int64_t at) {
+    ptx::prefetch_l2(p.output + at);
+  }
+};
+
+template <class T>
+struct GruAfterGridBackward : GruGridBackward<T> {
+  using Base = GruGridBackward<T>;
+  using typename Base::Math;
+  using typename Base::Params;
+  static constexpr int kSavedGates = 4;
+  static constexpr int kExchanges = 1;
+  static constexpr bool kRestInCandidate = true;  // W_hn multiplies the gradient of hn
+
+  struct Ready {
+    GruUpdateGrad<float> update;  // per unit of dh
+    GruAfterGrad<float> reset;    // per unit of da_n
+    float dh;
+    T* r_or_z;
+    T* hn_or_n;  // nobody waits for da_n
+  };
+  static RNNLM_DEVICE Ready prepare(const Params& p, const GridBackwardElement& e, float state) {
+    const int64_t H = p.hidden;
+    const T* saved = p.saved + e.row * 4 * H;
+    const GruGates<float> gates = saved_gru_gates(saved, H, e.unit);
+    T* d = Base::dgates(p, e);
+    return {gru_update_backward<Math>(gates.z, gates.n, Base::h_before(p, e), 1.0f),
+            gru_reset_after_backward<Math>(gates.r, to_arithmetic(saved[3 * H + e.unit]), 1.0f),
+            Base::known_dh(p, e, state), pair_place(e.unit, d, d + H),
+            pair_place(e.unit, Base::candidate(p, e), d + 2 * H)};
+  }
+  static RNNLM_DEVICE void finish_step(const Params&, bool live, int unit, const Ready& ready,
+                                       float product, float& state) {
+    const float dh = product + ready.dh, a_n = dh * ready.update.a_n;
+    publish_pair(live, unit, ready.r_or_z, a_n * ready.reset.a_r, dh * ready.update.a_z);
+    publish_pair(live, unit, ready.hn_or_n, a_n * ready.reset.d_hn, a_n);
+    if (live) state = dh * ready.update.h_direct;
+  }
+};
+
+template <class T>
+struct GruBeforeGridBackward : GruGridBackward<T> {
+  using Base = GruGridBackward<T>;
+  using typename Base::Math;
+  using typename Base::Params;
+  static constexpr int kSavedGates = 3;
+  static constexpr int kExchanges = 2;
+  static constexpr bool kRestInCandidate = false;
+
+  // First exchange: dh, and from it da_n and da_z.
+  struct Ready {
+    GruUpdateGrad<float> update;
+    float dh;
+    T* n_or_z;
+  };
+  static RNNLM_DEVICE Ready prepare(const Params& p, const GridBackwardElement& e, float state) {
+    const int64_t H = p.hidden;
+    const GruGates<float> gates = saved_gru_gates(p.saved + e.row * 3 * H, H, e.unit);
+    T* d = Base::dgates(p, e);
+    return {gru_update_backward<Math>(gates.z, gates.n, Base::h_before(p, e), 1.0f),
+            Base::known_dh(p, e, state), pair_place(e.unit, d + 2 * H, d + H)};
+  }
+  static RNNLM_DEVICE void finish_step(const Params&, bool live, int unit, const Ready& ready,
+                                       float product, float& state) {
+    const float dh = product + ready.dh;
+    publish_pair(live, unit, ready.n_or_z, dh * ready.update.a_n, dh * ready.update.a_z);
+    if (live) state = dh * ready.update.h_direct;
+  }
+
+  // Second exchange: q, the gradient of r * h, and from it da_r.
+  struct ReadyForReset {
+    GruBeforeGrad<float> reset;  // per unit of q
+    float reset_h;               // r * h
+    T* r_or_reset_h;             // nobody waits for r * h
+  };
+  static RNNLM_DEVICE ReadyForReset prepare_reset(const Params& p, const GridBackwardElement& e) {
+    const float saved = to_arithmetic(p.saved[e.row * 3 * p.hidden + e.unit]);
+    const float r = Math::sigmoid(saved), h = Base::h_before(p, e);
+    return {gru_reset_before_backward<Math>(r, h, 1.0f), r * h,
+            pair_place(e.unit, Base::dgates(p, e), Base::candidate(p, e))};
+  }
+  static RNNLM_DEVICE void finish_reset(bool live, int unit, const ReadyForReset& ready, float q,
+                                        float& state) {
+    publish_pair(live, unit, ready.r_or_reset_h, q * ready.reset.a_r, ready.reset_h);
+    if (live) state += q * ready.reset.h_direct;
+  }
+};
+
+// --- the kernel ----------------------------------------------------------------------------------
+
+// kGateFragments: fragments that a warp holds of each gate; kTiles: tiles of 8 batch rows a pass.
+template <template <class> class CellOf, class ProductOf, int kGateFragments, int kTilesOf>
+struct GridBackwardConfig {
+  using Product = ProductOf;
+  using T = typename Product::Element;
+  using Cell = CellOf<T>;
+  using Params = GridBackwardParams<T>;
+  static_assert(kIs16Bit<T> && Product::kStateRows == 1, "a lane polls one vector a fragment");
+
+  static constexpr int kWarps = 8;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kUnits = kTileRows;
+  static constexpr int kTiles = kTilesOf;
+  static constexpr int kColumns = kTiles * kTileColumns;
+
+  // Fragments of a warp, and of those the ones of the first part. Warp w's i-th fragment of a part
+  // begins at k = (i * kWarps + w) * kStep of the part: the warps end together whatever H is.
+  static constexpr int kFragments = Cell::kGates * kGateFragments;
+  static constexpr int kFirstPart = Cell::kFirstGates * kGateFragments;
+  static constexpr int kSpan = kWarps * Product::kStep;
+
+  // 20 fragments are 160 registers, which leaves enough for the work on every architecture. What is
+  // beyond them is read from shared memory in each step, while vectors arrive from L2.
+  static constexpr int kInRegisters = kFragments < 20 ? kFragments : 20;
+  static constexpr int kInShared = kFragments - kInRegisters;
+
+  // Two batches of four vectors a lane are under way at a time: 32 KB per CTA, what a load's
+  // latency and the bandwidth of L2 allow.
+  static constexpr int kBatch = 4 / kTiles;
+
+  // Independent sums of a warp: an MMA takes several times as long as the tensor core is busy with
+  // it. Two suffice where registers are short; there the loads take longer than the MMAs.
+  static constexpr int kChains = (kInRegisters < 20 ? 4 : 2) / kTiles;
+
+  using Partials = PartialSums<float, kUnits, kColumns, kWarps>;
+  // Of a warp, for a fragment on its way into the registers; see GridBackward::staged_row.
+  static constexpr int kStagingBytes = 1024 + 32;
+  static_assert(kWarps * kStagingBytes <= 2 * Partials::kBytes);
+  static constexpr int kWeightsBytes = kInShared * kThreads * 2 * int(sizeof(uint4));
+  static constexpr int kPassElements = kColumns * kUnits;
+  // An odd number of 16-byte vectors: neighbouring threads meet in no bank.
+  static constexpr int kParkedBytes = 48;
+  static constexpr int kWindowBytes = kWarps * 4 * 16;
+  static constexpr RNNLM_HD int passes(int rows) { return (rows + kColumns - 1) / kColumns; }
+  static constexpr int64_t shared_bytes(int rows) {
+    return kWeightsBytes + kPassElements * kParkedBytes + 2 * Partials::kBytes + kWindowBytes +
+           int64_t{passes(rows)} * kPassElements * int64_t(sizeof(float)) +
+           2 * int64_t(sizeof(uint32_t));
+  }
+};
+
+template <class Config>
+class GridBackward {
+  using Product = typename Config::Product;
+  using Cell = typename Config::Cell;
+  using T = typename Config::T;
+  using Params = typename Config::Params;
+  using Partials = typename Config::Partials;
+  static constexpr int kTiles = Config::kTiles;
+  static constexpr int kBatch = Config::kBatch;
+
+ public:
+  RNNLM_DEVICE explicit GridBackward(const Params& params)
+      : p_(params),
+        warp_(static_cast<int>(threadIdx.x) / 32),
+        lane_(static_cast<int>(threadIdx.x) % 32),
+        column_((warp_ / 4) * kTileColumns + warp_ % 4 + (lane_ / Config::kUnits) * 4),
+        unit_(static_cast<int>(blockIdx.x) * Config::kUnits + lane_ % Config::kUnits),
+        first_row_(static_cast<int>(blockIdx.y) * p_.rows),
+        end_row_(min(p_.seq.batch, first_row_ + p_.rows)) {
+    unsigned char* shared = ptx::dynamic_shared();
+    weights_beyond_ = reinterpret_cast<uint4*>(shared) + threadIdx.x;
+    shared += Config::kWeightsBytes;
+    parked_ = shared;
+    shared += Config::kPassElements * Config::kParkedBytes;
+    partials_ = shared;
+    shared += 2 * Partials::kBytes;
+    window_ = reinterpret_cast<Step*>(shared) + 4 * warp_;
+    static_assert(Config::kWindowBytes == Config::kWarps * 4 * int(sizeof(Step)));
+    shared += Config::kWindowBytes;
+    state_ = reinterpret_cast<float*>(shared) + threadIdx.x;
+    gave_up_ =
+        reinterpret_cast<uint32_t*>(shared) + Config::passes(p_.rows) * Config::kPassElements;
+  }
+
+  RNNLM_DEVICE void run() {
+    if (threadIdx.x < 2) gave_up_[threadIdx.x] = 0;
+    RNNLM_NO_UNROLL
+    for (int i = -1; i < 2; ++i) {
+      find_step(i);
+      prefetch_step(step(i));
+    }
+    load_weights();
+    __syncthreads();
+
+    const bool wants_initial = p_.dh0 != nullptr;
+    // After the last step what is left is the gradient of the initial state.
+    const int count = p_.seq.steps + (wants_initial ? 1 : 0);
+    RNNLM_NO_UNROLL
+    for (int i = 0; i < count; ++i) {
+      ptx::warp_sync();  // step i + 2 takes the place of step i - 2, which no lane reads any more
+      find_step(i + 2);
+      prefetch_step(step(i + 2));
+      const int now = step(i).rows;
+      const int busy = wants_initial ? max(now, step(i - 1).rows) : now;
+      RNNLM_NO_UNROLL
+      for (int first = first_row_; first < busy; first += Config::kColumns)
+        if (!run_pass(i, first)) return;
+      if constexpr (Cell::kExchanges == 2) {
+        RNNLM_NO_UNROLL
+        for (int first = first_row_; first < now; first += Config::kColumns)
+          if (!run_reset(i, first)) return;
+      }
+    }
+  }
+
+ private:
+  struct Step {
+    int64_t start;  // row of the per-step tensors where batch row 0 is
+    int rows;       // batch rows below this one take part; none before and after the sequence
+  };
+  // Where a lane's vectors lie, of one tile: those of fragment 0 and of the second part's first
+  // one.
+  struct Source {
+    const T* part[2];
+    int k;  // of the first, in its part; beyond the end of all parts where there is nothing to poll
+  };
+  using Vectors = uint4[kBatch][kTiles];
+
+  static RNNLM_DEVICE int min(int a, int b) { return a < b ? a : b; }
+  static RNNLM_DEVICE int max(int a, int b) { return a > b ? a : b; }
+
+  // The i-th step of this pass. Found once, kept by each warp for itself while i - 1 .. i + 2 are
+  // needed; all its lanes store the same.
+  RNNLM_DEVICE Step& step(int i) const { return window_[i & 3]; }
+  RNNLM_DEVICE void find_step(int i) const {
+    Step found{0, 0};
+    if (i >= 0 && i < p_.seq.steps) {
+      const int t = p_.seq.step(p_.seq.steps - 1 - i);
+      found = {p_.seq.row(t, 0), min(p_.seq.rows(t), end_row_)};
+    }
+    step(i) = found;
+  }
+
+  RNNLM_DEVICE float& state(int first) const {
+    return state_[(first - first_row_) * Config::kUnits];
+  }
+
+  // --- weights ---
+
+  // First k of fragment f of warp 0, in its part.
+  static RNNLM_DEVICE int fragment_k(int f) {
+    return (f < Config::kFirstPart ? f : f - Config::kFirstPart) * Config::kSpan;
+  }
+  static RNNLM_DEVICE int part_of(int f) { return f < Config::kFirstPart ? 0 : 1; }
+  RNNLM_DEVICE int part_length(int part) const {
+    return (part == 0 ? Cell::kFirstGates : Cell::kGates - Cell::kFirstGates) * p_.hidden;
+  }
+
+  // A fragment is 16 units x kStep rows of W_hh, in memory with the units side by side. Each lane
+  // loads two of its 64 vectors.
+  RNNLM_DEVICE uint4 load_fragment(int f, int half) const {
+    constexpr int kVectors = Config::kUnits / kVectorOf<T>;  // of a row
+    const int part = part_of(f), vector = half * 32 + lane_;
+    const int k = fragment_k(f) + warp_ * Product::kStep + vector / kVectors;
+    const int unit =
+        static_cast<int>(blockIdx.x) * Config::kUnits + vector % kVectors * kVectorOf<T>;
+    const int64_t H = p_.hidden;
+    uint4 loaded = zero_vector();
+    if (k < part_length(part) && unit < p_.hidden) {
+      const T* row = p_.w_hh + (part * Cell::kFirstGates * H + k) * H;
+      loaded = *reinterpret_cast<const uint4*>(row + unit);
+    }
+    return loaded;
+  }
+  // Makes of them vectors of one unit and consecutive rows, by way of shared memory: that of the
+  // partial sums, while there are none.
+  RNNLM_DEVICE void transpose(uint4 (&fragment)[2]) const {
+    constexpr int kVectors = Config::kUnits / kVectorOf<T>;
+    T* staged = reinterpret_cast<T*>(partials_ + warp_ * Config::kStagingBytes);
+    ptx::warp_sync();
+    RNNLM_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int vector = half * 32 + lane_;
+      T* column = staged + vector / kVectors;
+      const int unit = vector % kVectors * kVectorOf<T>;
+      const uint4& from = fragment[half];
+      const uint32_t words[4] = {from.x, from.y, from.z, from.w};
+      RNNLM_UNROLL
+      for (int i = 0; i < kVectorOf<T>; ++i) {
+        column[staged_row(unit + i)].bits = static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2)));
+      }
+    }
+    ptx::warp_sync();
+    RNNLM_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      fragment[half] = *reinterpret_cast<const uint4*>(
+          staged + staged_row(half * 8 + lane_g(lane_)) + Product::k_of(lane_));
+    }
+  }
+  // 64 bytes a unit; half a row of banks lies between the units of the two halves, which are
+  // stored side by side.
+  static RNNLM_DEVICE int staged_row(int unit) {
+    return unit * Product::kStep + unit / 8 * (Product::kStep / 2);
+  }
+  // As many at a time as have their loads under way together: more would cost too many registers
+  // for addresses.
+  template <int kCount>
+  RNNLM_DEVICE void load_fragments(int first, uint4 (*fragments)[2]) const {
+    RNNLM_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      fragments[i][0] = load_fragment(first + i, 0);
+      fragments[i][1] = load_fragment(first + i, 1);
+    }
+    RNNLM_UNROLL
+    for (int i = 0; i < kCount; ++i) transpose(fragments[i]);
+  }
+  RNNLM_DEVICE void load_weights() {
+    constexpr int kTogether = 4, kRest = Config::kInRegisters % kTogether;
+    RNNLM_UNROLL
+    for (int f = 0; f + kTogether <= Config::kInRegisters; f += kTogether)
+      load_fragments<kTogether>(f, weights_ + f);
+    load_fragments<kRest>(Config::kInRegisters - kRest, weights_ + Config::kInRegisters - kRest);
+    static_assert(Config::kInShared % kTogether == 0);
+    RNNLM_NO_UNROLL
+    for (int i = 0; i < Config::kInShared; i += kTogether) {
+      uint4 fragments[kTogether][2];
+      load_fragments<kTogether>(Config::kInRegisters + i, fragments);
+      RNNLM_UNROLL
+      for (int j = 0; j < kTogether; ++j) {
+        uint4* to = weights_beyond_ + (i + j) * 2 * Config::kThreads;
+        to[0] = fragments[j][0];
+        to[Config::kThreads] = fragments[j][1];
+      }
+    }
+  }
+
+  // --- loads ahead ---
+
+  // By warps that have no element, where there are any: the others prepare theirs meanwhile.
+  RNNLM_DEVICE void prefetch_step(const Step& step) const {
+    constexpr int kPrefetchingWarps = Config::kPassElements / 32;
+    if (warp_ < Config::kWarps - kPrefetchingWarps || unit_ >= p_.hidden) return;
+    const int64_t H = p_.hidden;
+    RNNLM_NO_UNROLL
+    for (int b = first_row_ + column_ % Config::kColumns; b < step.rows; b += Config::kColumns) {
+      const int64_t row = step.start + b, at = row * H + unit_;
+      const T* saved = p_.saved + row * Cell::kSavedGates * H + unit_;
+      RNNLM_UNROLL
+      for (int gate = 0; gate < Cell::kSavedGates; ++gate) ptx::prefetch_l2(saved + gate * H);
+      Cell::prefetch_state(p_, at);
+      if (p_.grad_output != nullptr) ptx::prefetch_l2(p_.grad_output + at);
+    }
+  }
+
+  // --- the product ---
+
+  // Of batch rows `first` .. of a step, those below `end`.
+  RNNLM_DEVICE Source source_of(const Step& step, int first, int end, int tile) const {
+    const int b = first + tile * kTileColumns + Product::state_row(lane_, 0);
+    const int k = warp_ * Product::kStep + Product::k_of(lane_);
+    const int64_t H = p_.hidden, row = step.start + b;
+    const T* dgates = p_.dgates + row * Cell::kGates * H + k;
+    const T* rest =
+        Cell::kRestInCandidate ? p_.candidate + row * H + k : dgates + Cell::kFirstGates * H;
+    constexpr int kNowhere = 1 << 30;
+    return {{dgates, rest}, b < end ? k : kNowhere};
+  }
+  RNNLM_DEVICE bool polls(const Source& source, int f) const {
+    return source.k < part_length(part_of(f)) - fragment_k(f);
+  }
+
+  // Polls fragment f of the tile.
+  static RNNLM_DEVICE uint4 poll(const Source& source, int f) {
+    return ptx::ld_relaxed_v4(
+        reinterpret_cast<const uint4*>(source.part[part_of(f)] + fragment_k(f)));
+  }
+  // Of fragments kBegin .. kEnd - 1: the first poll of batch `batch`. What is beyond the matrix or
+  // not to be polled is zero, and complete.
+  template <int kBegin, int kEnd>
+  RNNLM_DEVICE void poll_first(Vectors& vectors, int batch, const Source (&source)[kTiles]) const {
+    RNNLM_UNROLL
+    for (int j = 0; j < kBatch; ++j) {
+      const int f = kBegin + batch * kBatch + j;
+      RNNLM_UNROLL
+      for (int tile = 0; tile < kTiles; ++tile) {
+        vectors[j][tile] = zero_vector();
+        if (f < kEnd && polls(source[tile], f)) vectors[j][tile] = poll(source[tile], f);
+      }
+    }
+  }
+  template <int kBegin, int kEnd>
+  static RNNLM_DEVICE void poll_missing(Vectors& vectors, int batch,
+                                        const Source (&source)[kTiles]) {
+    RNNLM_UNROLL
+    for (int j = 0; j < kBatch; ++j) {
+      const int f = kBegin + batch * kBatch + j;
+      RNNLM_UNROLL
+      for (int tile = 0; tile < kTiles; ++tile)
+        if (f < kEnd && !complete(vectors[j][tile])) vectors[j][tile] = poll(source[tile], f);
+    }
+  }
+  static RNNLM_DEVICE bool all_complete(const Vectors& vectors) {
+    uint32_t largest = 0;
+    RNNLM_UNROLL
+    for (int j = 0; j < kBatch; ++j) {
+      RNNLM_UNROLL
+      for (int tile = 0; tile < kTiles; ++tile)
+        largest = larger(largest, largest_word(vectors[j][tile]));
+    }
+    return largest != kNotYet;
+  }
+  // Whether any warp has anything in the batch: H may be smaller than the fragments allow.
+  template <int kBegin, int kEnd>
+  RNNLM_DEVICE bool holds_weights(int batch) const {
+    bool any = false;
+    RNNLM_UNROLL
+    for (int j = 0; j < kBatch; ++j) {
+      const int f = kBegin + batch * kBatch + j;
+      if (f < kEnd) any = any || fragment_k(f) < part_length(part_of(f));
+    }
+    return any;
+  }
+
+  RNNLM_DEVICE uint4 weights(int f, int half) const {
+    if (f < Config::kInRegisters) return weights_[f][half];
+    return weights_beyond_[((f - Config::kInRegisters) * 2 + half) * Config::kThreads];
+  }
+
+  // This warp's part of the product of fragments kBegin .. kEnd - 1 with what `source` has.
+  // False: gave up waiting.
+  template <int kBegin, int kEnd>
+  RNNLM_DEVICE bool multiply(const Source (&source)[kTiles], float (&sum)[kTiles][4]) const {
+    constexpr int kBatches = (kEnd - kBegin + kBatch - 1) / kBatch;
+    float d[Config::kChains][kTiles][4] = {};
+    Vectors vectors[2];
+    poll_first<kBegin, kEnd>(vectors[0], 0, source);
+    poll_first<kBegin, kEnd>(vectors[1], 1, source);
+    RNNLM_UNROLL
+    for (int batch = 0; batch < kBatches; ++batch) {
+      Vectors& here = vectors[batch % 2];
+      Vectors& ahead = vectors[(batch + 1) % 2];
+      if (holds_weights<kBegin, kEnd>(batch)) {
+        if (ptx::warp_any(!all_complete(here))) {
+          Wait wait(p_.abort_word, p_.limit);
+          do {
+            if (ptx::warp_any(!wait.again())) return false;
+            poll_missing<kBegin, kEnd>(here, batch, source);
+            poll_missing<kBegin, kEnd>(ahead, batch + 1, source);
+          } while (ptx::warp_any(!all_complete(here)));
+        }
+        RNNLM_UNROLL
+        for (int j = 0; j < kBatch; ++j) {
+          const int f = kBegin + batch * kBatch + j;
+          if (f >= kEnd) break;
+          const uint4 low = weights(f, 0), high = weights(f, 1);
+          RNNLM_UNROLL
+          for (int tile = 0; tile < kTiles; ++tile) {
+            const uint4 state[1] = {here[j][tile]};
+            Product::multiply(d[f % Config::kChains][tile], low, high, state);
+          }
+        }
+      }
+      poll_first<kBegin, kEnd>(here, batch + 2, source);
+    }
+    RNNLM_UNROLL
+    for (int tile = 0; tile < kTiles; ++tile) {
+      RNNLM_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        sum[tile][i] = d[0][tile][i];
+        RNNLM_UNROLL
+        for (int chain = 1; chain < Config::kChains; ++chain) sum[tile][i] += d[chain][tile][i];
+      }
+    }
+    return true;
+  }
+
+  // --- passes ---
+
+  // Registers are for weights: what a thread prepares before a wait lies in shared memory
+  // meanwhile.
+  template <class Ready>
+  struct Parked {
+    Ready ready;
+    bool live, joins;
+  };
+  template <class Ready>
+  RNNLM_DEVICE Parked<Ready>& parked() const {
+    static_assert(sizeof(Parked<Ready>) <= Config::kParkedBytes);
+    return *reinterpret_cast<Parked<Ready>*>(parked_ + threadIdx.x * Config::kParkedBytes);
+  }
+  // Whether this warp's threads have elements.
+  RNNLM_DEVICE bool has_element() const { return warp_ < Config::kPassElements / 32; }
+  // This thread's element of the pass that begins with row `first` of step `now`.
+  RNNLM_DEVICE GridBackwardElement element(int first, const Step& done, const Step& now,
+                                           const Step& next) const {
+    const int b = first + column_;
+    return {now.start + b, b < next.rows ? next.start + b : -1, b,
+            unit_,         unit_ < p_.hidden && b < now.rows,   b >= done.rows};
+  }
+
+  // The product for rows `first` .. of a step, those below `end`, as partial sums of the warps.
+  // They lie in one of two sets: while one is read, warps that are ahead write the other. The
+  // caller leaves if a warp gave up.
+  template <int kBegin, int kEnd>
+  RNNLM_DEVICE void compute_partials(const Step& from, int first, int end) {
+    parity_ ^= 1;
+    Source source[kTiles];
+    RNNLM_UNROLL
+    for (int tile = 0; tile < kTiles; ++tile) source[tile] = source_of(from, first, end, tile);
+    float sum[kTiles][4] = {};
+    if (multiply<kBegin, kEnd>(source, sum)) {
+      RNNLM_UNROLL
+      for (int tile = 0; tile < kTiles; ++tile) partials().store(warp_, lane_, 0, tile, sum[tile]);
+    } else if (lane_ == 0) {
+      gave_up_[parity_] = 1;
+    }
+    __syncthreads();
+  }
+  RNNLM_DEVICE Partials partials() const {
+    return {reinterpret_cast<float*>(partials_ + parity_ * Partials::kBytes)};
+  }
+  RNNLM_DEVICE float product() const { return partials().sum(lane_ % Config::kUnits, column_); }
+
+  // Rows `first` .. of the i-th step: dh and what follows from it. Rows that ended with the step
+  // before are finished. False: leave.
+  RNNLM_DEVICE bool run_pass(int i, int first) {
+    using Ready = typename Cell::Ready;
+    const Step done = step(i - 1), now = step(i);
+    if (has_element()) {
+      const Step next = step(i + 1);
+      const GridBackwardElement e = element(first, done, now, next);
+      if (e.live) parked<Ready>().ready = Cell::prepare(p_, e, state(first));
+      parked<Ready>().live = e.live;
+      parked<Ready>().joins = e.joins;
+    }
+    const bool waits = first < done.rows;
+    if (waits) {
+      constexpr int kEnd = Cell::kExchanges == 1 ? Config::kFragments : Config::kFirstPart;
+      const int end = p_.dh0 != nullptr ? done.rows : min(done.rows, now.rows);
+      compute_partials<0, kEnd>(done, first, end);
+    }
+    const bool leave = waits && gave_up_[parity_] != 0;
+    if (!has_element()) return !leave;
+    const Parked<Ready> mine = parked<Ready>();
+    float dh = waits ? product() : 0.0f;
+    if (leave) return false;
+    if (mine.joins) dh = 0;
+    Cell::finish_step(p_, mine.live, unit_, mine.ready, dh, state(first));
+    if (!mine.live && !mine.joins && p_.dh0 != nullptr && unit_ < p_.hidden)
+      Cell::finish_row(p_, first + column_, unit_, dh, state(first));
+    return true;
+  }
+
+  // The second exchange of a step of the GRU with the reset before. False: leave.
+  RNNLM_DEVICE bool run_reset(int i, int first) {
+    using Ready = typename Cell::ReadyForReset;
+    const Step now = step(i);
+    if (has_element()) {
+      const GridBackwardElement e = element(first, now, now, step(i + 1));
+      if (e.live) parked<Ready>().ready = Cell::prepare_reset(p_, e);
+      parked<Ready>().live = e.live;
+    }
+    compute_partials<Config::kFirstPart, Config::kFragments>(now, first, now.rows);
+    const bool leave = gave_up_[parity_] != 0;
+    if (!has_element()) return !leave;
+    const Parked<Ready> mine = parked<Ready>();
+    const float q = product();
+    if (leave) return false;
+    Cell::finish_reset(mine.live, unit_, mine.ready, q, state(first));
+    return true;
+  }
+
+  const Params& p_;
+  const int warp_, lane_;
+  const int column_;  // of a pass: whose element this thread has, together with
+  const int unit_;    // its hidden unit
+  const int first_row_, end_row_;
+  int parity_ = 0;
+
+  uint4 weights_[Config::kInRegisters][2];
+  // In shared memory: the thread's other fragments; what threads prepare before a wait; partial
+  // sums, twice; the warp's window of steps; the thread's state of each pass; whether a warp gave
+  // up waiting, once for each set of partial sums.
+  uint4* weights_beyond_;
+  unsigned char* parked_;
+  unsigned char* partials_;
+  Step* window_;
+  float* state_;
+  uint32_t* gave_up_;
+};
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    grid_backward_kernel(typename Config::Params params) {
+  GridBackward<Config>(params).run();
+}
+
+}  // namespace rnnlm

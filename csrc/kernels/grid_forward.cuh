@@ -1,0 +1,744 @@
+// A layer's forward recurrence in one launch that uses all SMs: the grid tier.
+//
+// Who owns what. The grid is [ctas, groups]. CTA x holds the weights of hidden units 16x .. 16x +
+// 15 for the whole launch, as tensor-core fragments in registers (of the widest layers partly in
+// shared memory). Group y runs batch rows y * group_rows .. and never waits for another group. In a
+// CTA the eight warps split k: of every step each warp gathers its eighth of h and multiplies it by
+// its eighth of the weights, for all the CTA's gates.
+//
+// A step, for 8 or 16 rows ("a pass"; a group of more rows takes several, one after the other, and
+// the words of one pass travel while the next is computed):
+//   gather   each warp polls the words of its k in the previous step's `output` (device/exchange.h)
+//            with 16-byte loads that land in the registers that the tensor cores read;
+//   multiply and leave partial sums in shared memory, one of two buffers;
+//   barrier  the only __syncthreads of an exchange;
+//   finish   warp w takes rows w, w + 8 of the pass. Lane 4j + q has gate q of units 2j and 2j + 1:
+//            it adds up the eight partial sums, the input gates, the bias; device/cell.h does the
+//            rest. h is published first: a 32-bit word for a pair of units. What only later
+//            launches read (cells, saved gates, h_n, c_n) is stored after that.
+// c, and the float32 h of a GRU, never leave shared memory.
+//
+// A GRU that resets before the product has two exchanges: h for the gates r and z, then r * h,
+// through a buffer of its own, for the candidate.
+//
+// Buffers are safe with one barrier an exchange: a warp that stores partial sums of the exchange
+// after the next into the same buffer has passed the next one's barrier, so every warp has finished
+// this one. The flag by which a warp that waited too long tells the others lies in the same scheme:
+// all leave together after the barrier, so none publishes what was computed from nothing.
+#pragma once
+
+#include "device/cell.h"
+#include "device/exchange.h"
+#include "device/product.h"
+#include "device/sequence.h"
+
+namespace rnnlm {
+
+template <class T>
+struct GridForwardParams {
+  DeviceSequence seq;
+  int hidden;            // a multiple of 8
+  int group_rows;        // rows of a group
+  const T* gates_x;      // [N, G*H], as all of them aligned to 16 bytes
+  const T* w_hh;         // [G*H, H]
+  const T* b_hh;         // [G*H] or null
+  const T* h0;           // [B, H]
+  const T* c0;           // [B, H], LSTM
+  T* output;             // [N, H], filled with kNotYetByte
+  T* reset_h;            // [N, H], filled with kNotYetByte: r * h of a GRU that resets before
+  T* h_n;                // [B, H]
+  T* c_n;                // [B, H], LSTM
+  Arithmetic<T>* cells;  // [N, H] or null, LSTM
+  T* saved;              // [N, saved gates * H] or null
+  uint32_t* abort_word;
+  WaitLimit wait_limit;
+};
+
+// --- what the cells differ in --------------------------------------------------------------------
+
+// The reset-before GRU, whose two exchanges are written out below. Lanes: r, z, n, none.
+template <class T>
+struct GruBeforeCell {
+  static constexpr int kXGates = 3;
+  static constexpr int kSavedGates = 3;
+};
+
+// An exchange and the product that follows it. kRows weight rows of each unit take part: gate
+// row_gate(r) of the weights. Lane q of a unit sums product_row(q) and adds gate x_gate(q) of
+// gates_x (-1: none).
+template <class Cell, int kIndex>
+struct GridExchange {
+  static_assert(kIndex == 0);
+  static constexpr int kRows = Cell::kRows;
+  static RNNLM_DEVICE int row_gate(int r) { return r; }
+  static RNNLM_DEVICE int product_row(int q) { return Cell::product_row(q); }
+  static RNNLM_DEVICE int x_gate(int q) { return Cell::x_gate(q); }
+};
+template <class T>
+struct GridExchange<GruBeforeCell<T>, 0> {
+  static constexpr int kRows = 2;
+  static RNNLM_DEVICE int row_gate(int r) { return r; }
+  static RNNLM_DEVICE int product_row(int q) { return q < 2 ? q : -1; }
+  static RNNLM_DEVICE int x_gate(int q) { return q < 2 ? q : -1; }
+};
+template <class T>
+struct GridExchange<GruBeforeCell<T>, 1> {
+  static constexpr int kRows = 1;
+  static RNNLM_DEVICE int row_gate(int) { return 2; }
+  static RNNLM_DEVICE int product_row(int q) { return q == 2 ? 0 : -1; }
+  static RNNLM_DEVICE int x_gate(int q) { return q == 2 ? 2 : -1; }
+};
+
+// float32 rounded to TF32, the weights once, when they are loaded.
+struct HeldTf32 : TensorCoreTf32 {
+  static RNNLM_DEVICE uint4 round_weights(const uint4& w) {
+    return {round(w.x), round(w.y), round(w.z), round(w.w)};
+  }
+  static RNNLM_DEVICE void multiply(float (&d)[4], const uint4& w, const uint4& w8,
+                                    const uint4 (&h)[1]) {
+    const uint32_t a0[4] = {w.x, w8.x, w.y, w8.y}, b0[2] = {round(h[0].x), round(h[0].y)};
+    const uint32_t a1[4] = {w.z, w8.z, w.w, w8.w}, b1[2] = {round(h[0].z), round(h[0].w)};
+    ptx::mma_tf32(d, a0, b0);
+    ptx::mma_tf32(d, a1, b1);
+  }
+};
+
+// Product: TensorCore16 or HeldTf32. kFragments: of each weight row, in each warp.
+// kTiles: tiles of 8 batch rows in a pass.
+template <class Product_, template <class> class Cell_, int kFragments_, int kTiles_>
+struct GridForwardConfig {
+  using Product = Product_;
+  using T = typename Product::Element;
+  using A = typename Product::Accumulator;
+  using Cell = Cell_<T>;
+  static constexpr int kFragments = kFragments_;
+  static constexpr int kTiles = kTiles_;
+
+  static constexpr int kWarps = 8;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kUnits = 16;
+  static constexpr int kPassRows = kTiles * kTileColumns;
+
+  static constexpr bool kIsLstm = std::is_same_v<Cell, LstmCell<T>>;
+  static constexpr int kExchanges = std::is_same_v<Cell, GruBeforeCell<T>> ? 2 : 1;
+  template <int kIndex>
+  using Exchange = GridExchange<Cell, kIndex>;
+  static constexpr int kMostRows = Exchange<0>::kRows;
+  static constexpr int kAllRows = kExchanges == 2 ? 3 : kMostRows;
+
+  // Fragments of a weight row in registers: as many as a thread has room for (one of kAllRows rows
+  // takes 8 each) beside the state that it multiplies them by and what waits for the next step, of
+  // which float32 takes twice as much. Those of the widest layers that find none wait in shared
+  // memory.
+  static constexpr int kRoom = kIs16Bit<T> ? (kIsLstm ? 6 : 7) : (kIsLstm ? 5 : 6);
+  static constexpr int kHeld = kFragments <= kRoom          ? kFragments
+                               : kFragments == 8 && kIsLstm ? kRoom - 1
+                                                            : kRoom;
+  static constexpr int kInShared = kFragments - kHeld;
+  // Whether a pass may load h for the next one while it finishes: where registers are left.
+  static constexpr bool kLooksAhead = kAllRows * kHeld * 8 + 4 * kFragments <= 144;
+
+  // Shared memory: weights, two buffers of partial sums, c or h of the group's rows, z of a
+  // reset-before GRU's, flags.
+  template <int kIndex>
+  using Sums = PartialSums<A, Exchange<kIndex>::kRows * kTileRows, kPassRows, kWarps>;
+  static constexpr int kWeightBytes = kInShared * kAllRows * 2 * kThreads * int(sizeof(uint4));
+  static constexpr int kSumsBytes = Sums<0>::kBytes;
+  static constexpr int kFlagBytes = 16;
+  static constexpr int kRowState = kExchanges * kUnits;  // numbers of a batch row
+  static constexpr int kLeastSharedBytes =
+      kWeightBytes + 2 * kSumsBytes + kPassRows * kRowState * int(sizeof(A)) + kFlagBytes;
+  static constexpr int64_t shared_bytes(int64_t group_rows) {
+    const int64_t rows = (group_rows + kPassRows - 1) / kPassRows * kPassRows;
+    return kWeightBytes + 2 * kSumsBytes + rows * kRowState * int64_t{sizeof(A)} + kFlagBytes;
+  }
+};
+
+// Units of a CTA in the order of the product's rows: lane 4j + q's units 2j and 2j + 1 lie 8 apart,
+// so that 32 lanes sum up neighbouring rows.
+RNNLM_DEVICE int grid_unit_of_slot(int slot) {
+  return 2 * (slot % 8) + slot / 8;
+}
+
+// --- weights -------------------------------------------------------------------------------------
+
+template <class Config, int kIndex>
+struct GridWeights {
+  using T = typename Config::T;
+  using Product = typename Config::Product;
+  using Exchange = typename Config::template Exchange<kIndex>;
+  static constexpr int kRows = Exchange::kRows;  // times 16 units: as many tiles
+  // One tile alone would be a chain of dependent MMAs: two sums instead.
+  static constexpr int kChains = kRows == 1 ? 2 : 1;
+  using Sums = float[kRows * kChains][4];
+
+  uint4 held[kRows][Config::kHeld][2];
+  uint4* shared;  // [kInShared][kRows][2][kThreads], from this thread's on
+  static constexpr int kSharedVectors = Config::kInShared * kRows * 2 * Config::kThreads;
+
+  // The warp has k from fragment `begin` on, `count` fragments.
+  RNNLM_DEVICE void load(const GridForwardParams<T>& p, uint4* in_shared, int begin, int count) {
+    shared = in_shared + threadIdx.x;
+    // First those that do not stay in registers.
+    for (int f = Config::kHeld; f < Config::kFragments; ++f) {
+      for (int tile = 0; tile < kRows; ++tile) {
+        for (int half = 0; half < 2; ++half)
+          shared[at(f, tile, half)] = fragment(p, row(p, tile, half), begin, f, count);
+      }
+    }
+    RNNLM_UNROLL
+    for (int tile = 0; tile < kRows; ++tile) {
+      RNNLM_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const T* weights = row(p, tile, half);
+        RNNLM_UNROLL
+        for (int f = 0; f < Config::kHeld; ++f)
+          held[tile][f][half] = fragment(p, weights, begin, f, count);
+      }
+    }
+  }
+
+  // sums += weights of fragment f times h.
+  RNNLM_DEVICE void multiply(int f, const uint4 (&h)[1], Sums& sums) const {
+    RNNLM_UNROLL
+    for (int tile = 0; tile < kRows; ++tile) {
+      float (&d)[4] = sums[tile * kChains + f % kChains];
+      if (f < Config::kHeld)
+        Product::multiply(d, held[tile][f][0], held[tile][f][1], h);
+      else
+        Product::multiply(d, shared[at(f, tile, 0)], shared[at(f, tile, 1)], h);
+    }
+  }
+
+ private:
+  // This lane's row of W_hh in half a tile, or null.
+  static RNNLM_DEVICE const T* row(const GridForwardParams<T>& p, int tile, int half) {
+    const int row = tile * kTileRows + half * 8 + lane_g(threadIdx.x % 32);
+    const int unit = blockIdx.x * Config::kUnits + grid_unit_of_slot(row / kRows);
+    const int64_t gate = Exchange::row_gate(row % kRows);
+    return unit < p.hidden ? p.w_hh + (gate * p.hidden + unit) * p.hidden : nullptr;
+  }
+  static RNNLM_DEVICE uint4 fragment(const GridForwardParams<T>& p, const T* row, int begin, int f,
+                                     int count) {
+    const int k = (begin + f) * Product::kStep + Product::k_of(threadIdx.x % 32);
+    const uint4 weights =
+        f < count ? load_vector</*kAligned=*/true>(row, k, p.hidden) : zero_vector();
+    if constexpr (std::is_same_v<Product, HeldTf32>) return Product::round_weights(weights);
+    return weights;
+  }
+  static RNNLM_DEVICE int at(int f, int tile, int half) {
+    return (((f - Config::kHeld) * kRows + tile) * 2 + half) * Config::kThreads;
+  }
+};
+
+// --- two neighbouring units ----------------------------------------------------------------------
+
+template <class T>
+using PairBits = std::conditional_t<kIs16Bit<T>, uint32_t, uint2>;
+
+template <class T>
+RNNLM_DEVICE PairBits<T> load_pair(const T* p) {
+  return *reinterpret_cast<const PairBits<T>*>(p);
+}
+template <class T>
+RNNLM_DEVICE void unpack_pair(PairBits<T> bits, float (&a)[2]) {
+  if constexpr (kIs16Bit<T>) {
+    a[0] = to_arithmetic(T{static_cast<uint16_t>(bits)});
+    a[1] = to_arithmetic(T{static_cast<uint16_t>(bits >> 16)});
+  } else {
+    a[0] = ptx::float_from_bits(bits.x);
+    a[1] = ptx::float_from_bits(bits.y);
+  }
+}
+template <class T>
+RNNLM_DEVICE void store_pair(T* p, const float (&a)[2]) {
+  if constexpr (kIs16Bit<T>) {
+    *reinterpret_cast<uint32_t*>(p) =
+        from_arithmetic<T>(a[0]).bits | static_cast<uint32_t>(from_arithmetic<T>(a[1]).bits) << 16;
+  } else {
+    *reinterpret_cast<uint2*>(p) = uint2{ptx::float_bits(a[0]), ptx::float_bits(a[1])};
+  }
+}
+// As the words that other CTAs poll.
+template <class T>
+RNNLM_DEVICE void publish_pair(T* p, const float (&a)[2]) {
+  uint32_t* words = reinterpret_cast<uint32_t*>(p);
+  if constexpr (kIs16Bit<T>) {
+    ptx::st_relaxed(words, publishable(from_arithmetic<T>(a[0]), from_arithmetic<T>(a[1])));
+  } else {
+    ptx::st_relaxed(words, publishable(a[0]));
+    ptx::st_relaxed(words + 1, publishable(a[1]));
+  }
+}
+
+RNNLM_DEVICE int smaller(int a, int b) {
+  return a < b ? a : b;
+}
+RNNLM_DEVICE int larger(int a, int b) {
+  return a > b ? a : b;
+}
+
+// --- steps ---------------------------------------------------------------------------------------
+
+// Walks over the steps and knows the rows of this one and both neighbours. For packed rows it reads
+// one offset a step, asked for a step ahead.
+class GridSteps {
+ public:
+  RNNLM_DEVICE explicit GridSteps(const DeviceSequence& seq) : seq_(seq) {
+    rows = seq.rows(seq.step(0));
+    next_rows = seq.steps > 1 ? seq.rows(seq.step(1)) : 0;
+    first = seq.row(seq.step(0), 0);
+  }
+
+  int previous_rows = 0, rows, next_rows;  // of the step, and those done before and after it
+  int64_t first;                           // row of the step's b = 0
+
+  RNNLM_DEVICE bool done() const { return i_ == seq_.steps; }
+  RNNLM_DEVICE int64_t previous_first() const {
+    return seq_.reverse ? first + rows : first - previous_rows;
+  }
+  RNNLM_DEVICE int64_t next_first() const {
+    return seq_.reverse ? first - next_rows : first + rows;
+  }
+  // Asks for what advance() needs.
+  RNNLM_DEVICE void look_ahead() {
+    if (seq_.offsets != nullptr && i_ + 2 < seq_.steps)
+      bound_ = seq_.offsets[seq_.reverse ? seq_.steps - 3 - i_ : i_ + 3];
+  }
+  RNNLM_DEVICE void advance() {
+    first = next_first();
+    previous_rows = rows;
+    rows = next_rows;
+    ++i_;
+    if (i_ + 1 >= seq_.steps)
+      next_rows = 0;
+    else if (seq_.offsets != nullptr)
+      next_rows = static_cast<int>(seq_.reverse ? first - bound_ : bound_ - (first + rows));
+  }
+
+ private:
+  const DeviceSequence& seq_;
+  int i_ = 0;
+  int64_t bound_ = 0;  // of the step after the next: its end, its start in reverse
+};
+
+// --- the kernel ----------------------------------------------------------------------------------
+
+template <class Config>
+class GridForward {
+  using T = typename Config::T;
+  using A = typename Config::A;
+  using Product = typename Config::Product;
+  using Cell = typename Config::Cell;
+  using Math = ScalarMath<A>;
+  static constexpr int kTiles = Config::kTiles;
+  static constexpr int kFragments = Config::kFragments;
+  static_assert(Product::kStateRows == 1, "a lane polls one row");
+
+  // What a lane loads of h: vectors 64 bytes apart of one row.
+  struct Source {
+    const uint4* vectors;
+    int count;  // 0: the row does not take part
+    bool polled;
+  };
+  // A pass of a step: rows from b on.
+  struct Place {
+    int b;
+    int rows;       // of the step
+    int64_t first;  // row of the step's b = 0
+  };
+
+ public:
+  RNNLM_DEVICE explicit GridForward(const GridForwardParams<T>& params)
+      : p_(params),
+        thread_(ptx::computed(threadIdx.x)),
+        steps_(params.seq),
+        group_begin_(blockIdx.y * params.group_rows),
+        group_end_(smaller(params.seq.batch, group_begin_ + params.group_rows)) {
+    unsigned char* shared = ptx::dynamic_shared();
+    uint4* weights = reinterpret_cast<uint4*>(shared);
+    sums_ = reinterpret_cast<A*>(shared + Config::kWeightBytes);
+    flags_ = reinterpret_cast<uint32_t*>(shared + Config::kWeightBytes + 2 * Config::kSumsBytes);
+    state_ = reinterpret_cast<A*>(flags_ + Config::kFlagBytes / 4);
+
+    // Warps share the fragments evenly; with fewer than kFragments each the rest stays unused.
+    const int fragments = (p_.hidden + Product::kStep - 1) / Product::kStep;
+    fragments_ = (fragments + Config::kWarps - 1) / Config::kWarps;
+    const int k = warp() * fragments_ * Product::kStep + Product::k_of(lane());
+    lane_fragments_ =
+        larger(0, smaller(fragments_, (p_.hidden - k + Product::kStep - 1) / Product::kStep));
+
+    weights_.load(p_, weights, warp() * fragments_, fragments_);
+    if constexpr (Config::kExchanges == 2) {
+      weights += GridWeights<Config, 0>::kSharedVectors;
+      candidate_weights_.load(p_, weights, warp() * fragments_, fragments_);
+    }
+
+    // No bias for lanes without a product.
+    bias_ = {};
+    const int gate = bias_gate(q());
+    if (p_.b_hh != nullptr && gate >= 0 && unit() < p_.hidden)
+      bias_ = load_pair(p_.b_hh + int64_t{gate} * p_.hidden + unit());
+
+    const T* initial = Config::kIsLstm ? p_.c0 : p_.h0;
+    for (int i = threadIdx.x; i < padded_rows() * Config::kUnits; i += Config::kThreads) {
+      const int row = i / Config::kUnits, u = i % Config::kUnits;
+      const int b = group_begin_ + row, unit = blockIdx.x * Config::kUnits + u;
+      state_[row * Config::kRowState + u] =
+          b < group_end_ && unit < p_.hidden ? to_arithmetic(initial[int64_t{b} * p_.hidden + unit])
+                                             : A(0);
+    }
+    if (threadIdx.x < 2) flags_[threadIdx.x] = 0;
+    __syncthreads();
+  }
+
+  RNNLM_DEVICE void run() {
+    // In reverse, rows of packed sequences start late; forward they end early.
+    while (!steps_.done() && steps_.rows <= group_begin_) {
+      steps_.look_ahead();
+      steps_.advance();
+    }
+    load_x<0>({group_begin_, steps_.rows, steps_.first});
+    for (; !steps_.done() && steps_.rows > group_begin_; steps_.advance()) {
+      passes_ = (smaller(steps_.rows, group_end_) - group_begin_ + Config::kPassRows - 1) /
+                Config::kPassRows;
+      for (int pass = 0; pass < passes_; ++pass)
+        if (!exchange<0>(weights_, pass)) return;
+      if constexpr (Config::kExchanges == 2) {
+        for (int pass = 0; pass < passes_; ++pass)
+          if (!exchange<1>(candidate_weights_, pass)) return;
+      }
+    }
+  }
+
+ private:
+  RNNLM_DEVICE int warp() const { return thread_ / 32; }
+  RNNLM_DEVICE int lane() const { return thread_ % 32; }
+  RNNLM_DEVICE int q() const { return thread_ % 4; }
+  // First unit of this lane's pair.
+  RNNLM_DEVICE int unit() const { return blockIdx.x * Config::kUnits + lane() / 4 * 2; }
+  static RNNLM_DEVICE int bias_gate(int q) {
+    if constexpr (Config::kExchanges == 2) return q < 3 ? q : -1;
+    return Config::template Exchange<0>::product_row(q);
+  }
+  RNNLM_DEVICE int padded_rows() const {
+    return (p_.group_rows + Config::kPassRows - 1) / Config::kPassRows * Config::kPassRows;
+  }
+  RNNLM_DEVICE Place place(int pass) const {
+    return {group_begin_ + pass * Config::kPassRows, steps_.rows, steps_.first};
+  }
+  RNNLM_DEVICE bool takes_part(int b, int rows) const { return b < smaller(rows, group_end_); }
+
+  // --- gather
+
+  RNNLM_DEVICE Source source(const T* row, bool takes_part, bool polled) const {
+    const int k = warp() * fragments_ * Product::kStep + Product::k_of(lane());
+    return {reinterpret_cast<const uint4*>(row + k), takes_part ? lane_fragments_ : 0, polled};
+  }
+  // h of row b before a step of `rows` rows, whose previous step had `previous_rows` from row
+  // `previous_first` on: of the initial state where this is the row's first step.
+  RNNLM_DEVICE Source state_before(int b, int rows, int previous_rows,
+                                   int64_t previous_first) const {
+    const bool starts = b >= previous_rows;
+    const T* row =
+        starts ? p_.h0 + int64_t{b} * p_.hidden : p_.output + (previous_first + b) * p_.hidden;
+    return source(row, takes_part(b, rows), !starts);
+  }
+  template <int kIndex>
+  RNNLM_DEVICE Source source_of(int pass, int tile) const {
+    const int b = group_begin_ + pass * Config::kPassRows + tile * kTileColumns +
+                  Product::state_row(lane(), 0);
+    if constexpr (kIndex == 1) {
+      return source(p_.reset_h + (steps_.first + b) * p_.hidden, takes_part(b, steps_.rows), true);
+    } else {
+      return state_before(b, steps_.rows, steps_.previous_rows, steps_.previous_first());
+    }
+  }
+  // First tile of what follows this pass.
+  template <int kIndex>
+  RNNLM_DEVICE Source source_after(int pass) const {
+    if (pass + 1 < passes_) return source_of<kIndex>(pass + 1, 0);
+    if constexpr (kIndex + 1 < Config::kExchanges) return source_of<kIndex + 1>(0, 0);
+    return state_before(group_begin_ + Product::state_row(lane(), 0), steps_.next_rows, steps_.rows,
+                        steps_.first);
+  }
+
+  static RNNLM_DEVICE uint4 load_h(const Source& s, int f) {
+    return f < s.count ? ptx::ld_relaxed_v4(s.vectors + 4 * f) : zero_vector();
+  }
+  // Until all of h_ has arrived. False: gave up.
+  RNNLM_DEVICE bool await(const Source& s) {
+    Wait wait(p_.abort_word, p_.wait_limit);
+    while (true) {
+      bool missing = false;
+      RNNLM_UNROLL
+      for (int f = 0; f < kFragments; ++f) missing |= !complete(h_[f][0]);
+      if (!ptx::warp_any(missing && s.polled)) return true;
+      if (ptx::warp_any(!wait.again())) return false;
+      RNNLM_UNROLL
+      for (int f = 0; f < kFragments; ++f)
+        if (s.polled && !complete(h_[f][0])) h_[f][0] = ptx::ld_relaxed_v4(s.vectors + 4 * f);
+    }
+  }
+
+  // --- one exchange of one pass; false: the launch is over
+
+  template <int kIndex, class Weights>
+  RNNLM_DEVICE bool exchange(const Weights& weights, int pass) {
+    using Sums = typename Config::template Sums<kIndex>;
+    A* const buffer = sums_ + buffer_ * (Config::kSumsBytes / sizeof(A));
+    const bool ahead = Config::kLooksAhead && passes_ > 1;
+    Source now = source_of<kIndex>(pass, 0);
+    if (!loaded_) {
+      RNNLM_UNROLL
+      for (int f = 0; f < kFragments; ++f) h_[f][0] = load_h(now, f);
+    }
+    // For the next pass, while this one waits.
+    const PairOfX x = x_;
+    load_x_after<kIndex>(pass);
+    steps_.look_ahead();
+
+    // Where this lane stores, worked out before the wait.
+    const Sums own{buffer + ptx::computed(Sums::place_of_store(warp(), lane()))};
+    bool gave_up = false;
+    RNNLM_UNROLL
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const Source next = tile + 1 < kTiles ? source_of<kIndex>(pass, tile + 1)
+                          : ahead           ? source_after<kIndex>(pass)
+                                            : Source{nullptr, 0, false};
+      typename Weights::Sums d;
+      RNNLM_UNROLL
+      for (auto& tile_sums : d) {
+        RNNLM_UNROLL
+        for (A& sum : tile_sums) sum = 0;
+      }
+      gave_up = gave_up || !await(now);
+      RNNLM_UNROLL
+      for (int f = 0; f < kFragments; ++f) {
+        if (f == 0 || f < fragments_) weights.multiply(f, h_[f], d);
+        // The registers are free again: for the next tile or pass.
+        if (tile + 1 < kTiles || ahead) h_[f][0] = load_h(next, f);
+      }
+      RNNLM_UNROLL
+      for (int m = 0; m < Weights::kRows; ++m) {
+        if constexpr (Weights::kChains == 2) {
+          RNNLM_UNROLL
+          for (int j = 0; j < 4; ++j) d[2 * m][j] += d[2 * m + 1][j];
+        }
+        own.store(0, 0, m, tile, d[m * Weights::kChains]);
+      }
+      now = next;
+    }
+    loaded_ = ahead;
+    if (gave_up && lane() == 0) flags_[buffer_] = 1;
+    const bool going_on = finish<kIndex>(buffer, x, place(pass));
+    buffer_ ^= 1;
+    return going_on;
+  }
+
+  // --- finish
+
+  // Gates of the input that this lane adds, of each tile's row.
+  struct PairOfX {
+    PairBits<T> tile[kTiles];
+  };
+
+  template <int kIndex>
+  RNNLM_DEVICE void load_x(const Place& at) {
+    const int gate = Config::template Exchange<kIndex>::x_gate(q());
+    RNNLM_UNROLL
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const int b = at.b + tile * kTileColumns + warp();
+      x_.tile[tile] = {};
+      if (gate >= 0 && unit() < p_.hidden && takes_part(b, at.rows)) {
+        x_.tile[tile] =
+            load_pair(p_.gates_x + ((at.first + b) * Cell::kXGates + gate) * p_.hidden + unit());
+      }
+    }
+  }
+  template <int kIndex>
+  RNNLM_DEVICE void load_x_after(int pass) {
+    if (pass + 1 < passes_)
+      load_x<kIndex>(place(pass + 1));
+    else if (kIndex + 1 < Config::kExchanges)
+      load_x<Config::kExchanges - 1>(place(0));
+    else
+      load_x<0>({group_begin_, steps_.next_rows, steps_.next_first()});
+  }
+
+  // This lane's pair of units of a tile's row.
+  struct Row {
+    bool exists;  // the units too
+    int b;
+    int64_t index;  // of the row in per-step tensors
+    A* state;       // c or h; of a reset-before GRU z lies behind it
+    T* message;     // where the pair is published
+  };
+  template <int kIndex>
+  RNNLM_DEVICE Row row_of(const Place& at, int tile) const {
+    const int b = at.b + tile * kTileColumns + warp();
+    T* tensor = kIndex + 1 < Config::kExchanges ? p_.reset_h : p_.output;
+    return {takes_part(b, at.rows) && unit() < p_.hidden, b, at.first + b,
+            state_ + (b - group_begin_) * Config::kRowState + lane() / 4 * 2,
+            ptx::computed(tensor + (at.first + b) * p_.hidden + unit())};
+  }
+
+  // What does not depend on the sums is done in front of the barrier.
+  template <int kIndex>
+  RNNLM_DEVICE bool finish(A* buffer, const PairOfX& x, const Place& at) {
+    using Exchange = typename Config::template Exchange<kIndex>;
+    using Sums = typename Config::template Sums<kIndex>;
+    Row rows[kTiles];
+    A a[kTiles][2], bias[2];
+    unpack_pair<T>(bias_, bias);
+    RNNLM_UNROLL
+    for (int tile = 0; tile < kTiles; ++tile) {
+      rows[tile] = row_of<kIndex>(at, tile);
+      unpack_pair<T>(x.tile[tile], a[tile]);
+      RNNLM_UNROLL
+      for (int e = 0; e < 2; ++e) a[tile][e] += bias[e];
+    }
+    const bool multiplied = Exchange::product_row(q()) >= 0;
+    const int first = lane() / 4 * Exchange::kRows + larger(Exchange::product_row(q()), 0);
+    const Sums own{buffer + ptx::computed(Sums::place_of_sum(first, warp()))};
+    __syncthreads();
+    const bool over = flags_[buffer_] != 0;
+    RNNLM_UNROLL
+    for (int tile = 0; tile < kTiles; ++tile) {
+      RNNLM_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const A sum = own.sum(e * 8 * Exchange::kRows, tile * kTileColumns);
+        if (multiplied) a[tile][e] += sum;
+      }
+    }
+    if constexpr (Config::kExchanges == 1)
+      return finish_step(rows, a, over);
+    else if constexpr (kIndex == 0)
+      return finish_gates(rows, a, over);
+    else
+      return finish_candidate(rows, a, over);
+  }
+
+  RNNLM_DEVICE void publish(int q_of_sender, const Row (&rows)[kTiles], const A (&h)[kTiles][2]) {
+    RNNLM_UNROLL
+    for (int tile = 0; tile < kTiles; ++tile)
+      if (q() == q_of_sender && rows[tile].exists) publish_pair(rows[tile].message, h[tile]);
+  }
+  RNNLM_DEVICE void store_saved(const Row& row, int gate, const A (&a)[2], const A (&y)[2]) const {
+    if (p_.saved != nullptr && gate >= 0 && row.exists) {
+      store_pair(p_.saved + (row.index * Cell::kSavedGates + gate) * p_.hidden + unit(),
+                 kIs16Bit<T> ? a : y);
+    }
+  }
+
+  // LSTM, and GRU that resets after.
+  RNNLM_DEVICE bool finish_step(const Row (&rows)[kTiles], const A (&a)[kTiles][2], bool over) {
+    A h[kTiles][2], state[kTiles][2], kept[kTiles][2];
+    RNNLM_UNROLL
+    for (int tile = 0; tile < kTiles; ++tile) {
+      RNNLM_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        state[tile][e] = rows[tile].state[e];
+        h[tile][e] = Cell::forward(lane(), a[tile][e], state[tile][e], kept[tile][e]);
+      }
+    }
+    if (over) return false;
+    publish(0, rows, h);
+    RNNLM_UNROLL
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const Row& row = rows[tile];
+      store_saved(row, Cell::saved_gate(q()), kept[tile], kept[tile]);
+      if (!row.exists) continue;  // in reverse, not yet: its state is still the initial one
+      if (q() == 0) {
+        row.state[0] = state[tile][0];
+        row.state[1] = state[tile][1];
+      }
+      const bool ends = row.b >= steps_.next_rows;
+      if constexpr (Config::kIsLstm) {
+        if (p_.cells != nullptr && q() == 1)
+          store_pair(p_.cells + row.index * p_.hidden + unit(), state[tile]);
+        if (ends && q() == 2) store_pair(p_.c_n + int64_t{row.b} * p_.hidden + unit(), state[tile]);
+      }
+      if (ends && q() == 3) store_pair(p_.h_n + int64_t{row.b} * p_.hidden + unit(), h[tile]);
+    }
+    return true;
+  }
+
+  // GRU that resets before, its gates: lane 0 has r and publishes r * h, lane 1 keeps z.
+  RNNLM_DEVICE bool finish_gates(const Row (&rows)[kTiles], const A (&a)[kTiles][2], bool over) {
+    A y[kTiles][2], u[kTiles][2];
+    RNNLM_UNROLL
+    for (int tile = 0; tile < kTiles; ++tile) {
+      RNNLM_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        y[tile][e] = Math::sigmoid(a[tile][e]);
+        u[tile][e] = y[tile][e] * rows[tile].state[e];
+      }
+    }
+    if (over) return false;
+    publish(0, rows, u);
+    RNNLM_UNROLL
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const Row& row = rows[tile];
+      if (q() == 1 && row.exists) {
+        row.state[Config::kUnits] = y[tile][0];
+        row.state[Config::kUnits + 1] = y[tile][1];
+      }
+      store_saved(row, q() < 2 ? q() : -1, a[tile], y[tile]);
+    }
+    return true;
+  }
+  // Its candidate n and the new h: lane 2.
+  RNNLM_DEVICE bool finish_candidate(const Row (&rows)[kTiles], const A (&a)[kTiles][2],
+                                     bool over) {
+    A h[kTiles][2], n[kTiles][2];
+    RNNLM_UNROLL
+    for (int tile = 0; tile < kTiles; ++tile) {
+      RNNLM_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const A* state = rows[tile].state + e;
+        n[tile][e] = Math::tanh(a[tile][e]);
+        h[tile][e] = gru_update<Math>(state[Config::kUnits], n[tile][e], state[0]);
+      }
+    }
+    if (over) return false;
+    publish(2, rows, h);
+    RNNLM_UNROLL
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const Row& row = rows[tile];
+      if (q() != 2 || !row.exists) continue;
+      row.state[0] = h[tile][0];
+      row.state[1] = h[tile][1];
+      store_saved(row, 2, a[tile], n[tile]);
+      if (row.b >= steps_.next_rows)
+        store_pair(p_.h_n + int64_t{row.b} * p_.hidden + unit(), h[tile]);
+    }
+    return true;
+  }
+
+  const GridForwardParams<T>& p_;
+  unsigned thread_;
+  GridSteps steps_;
+  int group_begin_, group_end_;
+  int passes_ = 0;
+  int fragments_, lane_fragments_;  // of the warp, and those that this lane has k of
+  GridWeights<Config, 0> weights_;
+  GridWeights<Config, Config::kExchanges - 1> candidate_weights_;
+  uint4 h_[kFragments][1];
+  bool loaded_ = false;  // h_ is of the pass to come
+  PairOfX x_;            // of the pass to come
+  PairBits<T> bias_;
+  A* sums_;
+  uint32_t* flags_;
+  A* state_;
+  int buffer_ = 0;
+};
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    grid_forward_kernel(GridForwardParams<typename Config::T> params) {
+  if constexpr (Config::kLeastSharedBytes <= ptx::kMostSharedBytes)
+    GridForward<Config>(params).run();
+}
+
+}  // namespace rnnlm

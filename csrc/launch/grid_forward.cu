@@ -1,0 +1,94 @@
+// The grid tier's forward pass: parameters, the fill that the exchange starts from, and which
+// kernel to launch.
+#include "launch/grid_forward.h"
+
+#include "launch/tiers.h"
+
+namespace rnnlm {
+namespace {
+
+int64_t total_rows(const Sequence& seq) {
+  if (seq.batch_sizes == nullptr) return seq.steps * seq.batch;
+  int64_t rows = 0;
+  for (int64_t t = 0; t < seq.steps; ++t) rows += seq.batch_sizes[t];
+  return rows;
+}
+
+Status no_such_kernel() {
+  return Status::unsupported(
+      "the grid tier's forward kernels are for bfloat16, float16 and, where TF32 is allowed, "
+      "float32",
+      "RNNLM_CUDA_TIER=stepwise runs any dtype");
+}
+
+template <class T>
+using GridProduct = std::conditional_t<kIs16Bit<T>, TensorCore16<T>, HeldTf32>;
+
+// What LSTM and GRU name alike.
+template <class T, class Layer>
+GridForwardParams<T> common_params(const Layer& layer, const CudaCall& call, const GridPlan& plan) {
+  GridForwardParams<T> p{};
+  const Sequence& seq = layer.seq;
+  p.seq = {static_cast<int>(seq.steps), static_cast<int>(seq.batch), seq.reverse,
+           seq.batch_sizes == nullptr ? nullptr : call.offsets};
+  p.hidden = static_cast<int>(layer.hidden);
+  p.group_rows = plan.rows;
+  p.gates_x = static_cast<const T*>(layer.gates_x);
+  p.w_hh = static_cast<const T*>(layer.w_hh);
+  p.b_hh = static_cast<const T*>(layer.b_hh);
+  p.h0 = static_cast<const T*>(layer.h0);
+  p.output = static_cast<T*>(layer.output);
+  p.h_n = static_cast<T*>(layer.h_n);
+  p.saved = static_cast<T*>(layer.saved);
+  p.abort_word = static_cast<uint32_t*>(call.workspace);
+  p.wait_limit = wait_limit();
+  return p;
+}
+
+// Nothing has arrived yet in a [total_rows, hidden] tensor.
+template <class T, class Layer>
+Status fill_not_yet(T* tensor, const Layer& layer, const CudaCall& call) {
+  const std::size_t values = static_cast<std::size_t>(total_rows(layer.seq) * layer.hidden);
+  return fill_bytes(tensor, kNotYetByte, values * sizeof(T), call.stream);
+}
+
+template <class T>
+Status lstm(const LstmForward& layer, const CudaCall& call, const GridPlan& plan) {
+  GridForwardParams<T> p = common_params<T>(layer, call, plan);
+  p.c0 = static_cast<const T*>(layer.c0);
+  p.c_n = static_cast<T*>(layer.c_n);
+  p.cells = static_cast<float*>(layer.cells);
+  const Status filled = fill_not_yet(p.output, layer, call);
+  if (!filled.is_ok()) return filled;
+  return launch_grid_forward<LstmCell, GridProduct<T>>(p, call, plan);
+}
+
+template <class T>
+Status gru(const GruForward& layer, const CudaCall& call, const GridPlan& plan) {
+  GridForwardParams<T> p = common_params<T>(layer, call, plan);
+  const Status filled = fill_not_yet(p.output, layer, call);
+  if (!filled.is_ok()) return filled;
+  if (!layer.reset_before) return launch_grid_forward<GruAfterCell, GridProduct<T>>(p, call, plan);
+  p.reset_h = reinterpret_cast<T*>(static_cast<char*>(call.workspace) + kAbortBytes);
+  const Status reset_filled = fill_not_yet(p.reset_h, layer, call);
+  if (!reset_filled.is_ok()) return reset_filled;
+  return launch_grid_forward<GruBeforeCell, GridProduct<T>>(p, call, plan);
+}
+
+}  // namespace
+
+Status grid_lstm_forward(const LstmForward& layer, const CudaCall& call, const GridPlan& plan) {
+  if (layer.dtype == DType::bf16) return lstm<Bf16>(layer, call, plan);
+  if (layer.dtype == DType::f16) return lstm<F16>(layer, call, plan);
+  if (layer.dtype == DType::f32 && call.allow_tf32) return lstm<float>(layer, call, plan);
+  return no_such_kernel();
+}
+
+Status grid_gru_forward(const GruForward& layer, const CudaCall& call, const GridPlan& plan) {
+  if (layer.dtype == DType::bf16) return gru<Bf16>(layer, call, plan);
+  if (layer.dtype == DType::f16) return gru<F16>(layer, call, plan);
+  if (layer.dtype == DType::f32 && call.allow_tf32) return gru<float>(layer, call, plan);
+  return no_such_kernel();
+}
+
+}  // namespace rnnlm

@@ -1,0 +1,8 @@
+// The grid tier's forward kernels: GRU with the reset before, bfloat16.
+#include "launch/grid_forward.h"
+
+namespace rnnlm {
+
+RNNLM_GRID_FORWARD(GruBeforeCell, TensorCore16<Bf16>);
+
+}  // namespace rnnlm

@@ -1,0 +1,8 @@
+// The grid tier's forward kernels: GRU with the reset before, float32 rounded to TF32.
+#include "launch/grid_forward.h"
+
+namespace rnnlm {
+
+RNNLM_GRID_FORWARD(GruBeforeCell, HeldTf32);
+
+}  // namespace rnnlm
