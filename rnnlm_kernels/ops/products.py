@@ -60,20 +60,27 @@ def recurrent_weight_grad(
 
 
 def _packed_previous(output: Tensor, h0: Tensor, batch_sizes: Tensor, reverse: bool) -> Tensor:
-    """h before each packed step, ``[N, R]``: gathered from ``output`` followed by ``h0``."""
-    total, rows = output.size(0), int(batch_sizes[0])
-    row = torch.cat([torch.arange(n) for n in batch_sizes.tolist()])
-    start = torch.repeat_interleave(batch_sizes.cumsum(0) - batch_sizes, batch_sizes)
-    if reverse:  # The step before t is t+1, which holds the first batch_sizes[t+1] rows.
-        following = torch.cat([batch_sizes[1:], batch_sizes.new_zeros(1)])
-        exists = row < torch.repeat_interleave(following, batch_sizes)
-        index = start + torch.repeat_interleave(batch_sizes, batch_sizes) + row
+    """h before each packed step, ``[N, R]``, put together from slices of ``output`` and ``h0``.
+
+    (Not gathered: an index would have to be copied to a GPU, which a CUDA graph would repeat from
+    memory that is long gone.)
+    """
+    sizes = batch_sizes.tolist()
+    steps = output.split(sizes)
+    if reverse:  # The step before t is t+1, which holds the first sizes[t+1] rows.
+        pieces = []
+        for step, rows, held in zip(steps[1:], sizes, sizes[1:], strict=False):
+            pieces.append(step)
+            if held < rows:
+                pieces.append(h0[held:rows])
+        pieces.append(h0[: sizes[-1]])
     else:
-        previous = torch.cat([batch_sizes.new_full((1,), rows), batch_sizes[:-1]])
-        exists = start > 0
-        index = start - torch.repeat_interleave(previous, batch_sizes) + row
-    index = torch.where(exists, index, total + row)
-    return torch.cat([output, h0]).index_select(0, index.to(output.device))
+        pieces = [h0[: sizes[0]]]
+        pieces += [
+            step if len(step) == rows else step[:rows]
+            for step, rows in zip(steps, sizes[1:], strict=False)
+        ]
+    return torch.cat(pieces)
 
 
 def empty_for_none(x: Tensor, grads: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
