@@ -1,8 +1,8 @@
 """Builds `rnnlm_kernels._C` with CMake and Ninja; everything declarative is in pyproject.toml.
 
 CMakeLists.txt explains the variables honoured here: RNNLM_BUILD_CUDA, RNNLM_CUDA_ARCHS,
-RNNLM_SANITIZE, RNNLM_WERROR. CMAKE_ARGS adds arguments to the configure step and
-CMAKE_BUILD_PARALLEL_LEVEL limits the number of compilers.
+RNNLM_SANITIZE, RNNLM_WERROR, RNNLM_BUILD_EMULATOR. CMAKE_ARGS adds arguments to the configure step
+and CMAKE_BUILD_PARALLEL_LEVEL limits the number of compilers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-OPTIONS = ("RNNLM_BUILD_CUDA", "RNNLM_CUDA_ARCHS", "RNNLM_SANITIZE", "RNNLM_WERROR")
+OPTIONS = (
+    "RNNLM_BUILD_CUDA",
+    "RNNLM_CUDA_ARCHS",
+    "RNNLM_SANITIZE",
+    "RNNLM_WERROR",
+    "RNNLM_BUILD_EMULATOR",
+)
 # What CMake reads from the environment once and then remembers.
 TOOLCHAIN = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDA_HOME", "CUDAHOSTCXX")
 
@@ -60,7 +66,16 @@ def build_folder() -> Path:
 
 
 class CMakeBuild(build_ext):
-    """Configures, compiles what changed, and puts `_C` where setuptools expects it."""
+    """Configures, compiles what changed, and puts `_C` where setuptools expects it.
+
+    `_emulated`, which only tests need, goes straight into the source tree, and only where the
+    package is used from there: setuptools knows nothing of it and cannot pack it.
+    """
+
+    def run(self) -> None:
+        super().run()
+        if self.inplace and os.environ.get("RNNLM_BUILD_EMULATOR") == "1":
+            self.build_emulator()
 
     def build_extension(self, ext: Extension) -> None:
         folder = build_folder()
@@ -81,6 +96,13 @@ class CMakeBuild(build_ext):
 
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(folder / "python" / target.name, target)
+
+    def build_emulator(self) -> None:
+        folder = build_folder()
+        cmake = find_tool("cmake", "cmake", "CMAKE_BIN_DIR")
+        self.call(cmake, "--build", str(folder), "--target", "_emulated")
+        target = ROOT / self.get_ext_filename("rnnlm_kernels._emulated")
         shutil.copy2(folder / "python" / target.name, target)
 
     @staticmethod

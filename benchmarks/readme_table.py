@@ -1,6 +1,8 @@
-"""Print the README's table from a result file: geometric means of torch's time over ours.
+"""Print the README's tables from result files: geometric means of torch's time over ours.
 
 python benchmarks/readme_table.py benchmarks/results/<machine>/default.json
+python benchmarks/readme_table.py benchmarks/results/gpu-<name>/gpu.json
+python benchmarks/readme_table.py        the table for GPUs as long as none has been measured
 """
 
 from __future__ import annotations
@@ -18,26 +20,55 @@ ROWS = {
     "LSTM, one step of one row (latency)": ("lstm", "latency", "float32"),
     "GRU, one step of one row (latency)": ("gru", "latency", "float32"),
 }
+GPU_ROWS = {
+    "LSTM bfloat16": ("lstm", "dense", "bfloat16"),
+    "LSTM float16": ("lstm", "dense", "float16"),
+    "LSTM float32, TF32 allowed": ("lstm", "dense", "tf32"),
+    "LSTM float32, TF32 forbidden": ("lstm", "dense", "float32"),
+    "GRU bfloat16": ("gru", "dense", "bfloat16"),
+    "GRU float16": ("gru", "dense", "float16"),
+    "GRU float32, TF32 allowed": ("gru", "dense", "tf32"),
+    "GRU float32, TF32 forbidden": ("gru", "dense", "float32"),
+}
+UNMEASURED = "not yet measured"
 
 
-def ratio_text(ratio: float | None) -> str:
+def ratio_text(ratio: float) -> str:
     """Two digits that matter; where we lose stands out."""
-    if ratio is None:
-        return ""
     text = f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.2f}x"
     return text if ratio >= 1 else f"**{text}**"
 
 
-def table(results: dict) -> str:
-    ratios = {
-        (g["cell"], g["kind"], g["dtype"], g["mode"]): g["ratio"] for g in results["geomeans"]
-    }
-    lines = ["| times faster than torch.nn | inference | training |", "|---|---:|---:|"]
-    for name, group in ROWS.items():
-        cells = [ratio_text(ratios.get((*group, mode))) for mode in ("inference", "training")]
+def ratios_of(results: dict) -> dict:
+    return {(g["cell"], g["kind"], g["dtype"], g["mode"]): g["ratio"] for g in results["geomeans"]}
+
+
+def rows_of(rows: dict, ratios: dict, missing: str) -> list[str]:
+    lines = []
+    for name, group in rows.items():
+        found = [ratios.get((*group, mode)) for mode in ("inference", "training")]
+        cells = [missing if ratio is None else ratio_text(ratio) for ratio in found]
         lines.append(f"| {name} | {cells[0]} | {cells[1]} |")
-    return "\n".join(lines)
+    return lines
+
+
+def table(results: dict) -> str:
+    head = ["| times faster than torch.nn | inference | training |", "|---|---:|---:|"]
+    return "\n".join([*head, *rows_of(ROWS, ratios_of(results), "")])
+
+
+def gpu_table(results: dict | None) -> str:
+    """Of a result of the grid for GPUs; None: nobody has measured one."""
+    head = ["| times faster than torch.nn on a GPU | inference | training |", "|---|---:|---:|"]
+    ratios = {} if results is None else ratios_of(results)
+    return "\n".join([*head, *rows_of(GPU_ROWS, ratios, UNMEASURED)])
+
+
+def main(arguments: list[str]) -> None:
+    results = json.loads(Path(arguments[0]).read_text("utf-8")) if arguments else None
+    is_gpu = results is None or results["grid"] == "gpu"
+    print(gpu_table(results) if is_gpu else table(results))
 
 
 if __name__ == "__main__":
-    print(table(json.loads(Path(sys.argv[1]).read_text("utf-8"))))
+    main(sys.argv[1:])

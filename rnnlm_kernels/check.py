@@ -40,7 +40,7 @@ from .bench.contenders import (
     runnable,
     torch_layer,
 )
-from .bench.workload import Setup, Workload, setup
+from .bench.workload import Setup, Workload, precision, setup
 from .dispatch import BackendError, backends
 
 GRADIENT = "grad "  # how a row's name begins when it is one
@@ -224,7 +224,8 @@ class Judge:
         refusals = []
         for name, build in ((TORCH, torch_layer), (PLAIN, plain_layer)):
             try:
-                values = evaluate(build(self.inputs), self.inputs, grad=self.grad)
+                with precision(self.workload):
+                    values = evaluate(build(self.inputs), self.inputs, grad=self.grad)
             except RuntimeError as error:  # torch has no such kernel in this dtype
                 refusals.append(f"{name}: {error}")
                 continue
@@ -242,12 +243,12 @@ class Judge:
         Where the workload asks for gradients, the forward pass without them is judged too: it may
         well be another kernel, one that does not save anything.
         """
-        layer = build(self.inputs)
-        values = evaluate(layer, self.inputs, grad=self.grad)
+        with precision(self.workload):
+            layer = build(self.inputs)
+            values = evaluate(layer, self.inputs, grad=self.grad)
+            quiet = evaluate(layer, self.inputs, grad=False) if self.grad else {}
         rows = [self._row(key, key, values.get(key)) for key in self.oracle]
-        if self.grad:
-            quiet = evaluate(layer, self.inputs, grad=False)
-            rows += [self._row(f"{key} (no_grad)", key, value) for key, value in quiet.items()]
+        rows += [self._row(f"{key} (no_grad)", key, value) for key, value in quiet.items()]
         return CheckResult(self.workload, name, self.comparator, tuple(rows))
 
     def _row(self, name: str, key: str, value: Tensor | None) -> CheckRow:
@@ -300,7 +301,11 @@ def check_problem(workload: Workload, backend: str) -> CheckResult:
 
 def default_problems(device: str = "cpu") -> list[Workload]:
     """Small workloads that together reach every branch: sizes that fill no vector, one step of one
-    row, packing, both directions, stacking, projection, no bias; every cell and dtype."""
+    row, packing, both directions, stacking, projection, no bias; every cell and dtype.
+
+    For a GPU they are joined by TF32 and by the sizes for which a layer is spread over one, several
+    or all of its multiprocessors.
+    """
     variants: list[dict[str, object]] = [
         {"seq_len": 7, "batch": 3, "input_size": 5, "hidden_size": 9},
         {"seq_len": 35, "batch": 20, "input_size": 200, "hidden_size": 200},
@@ -325,10 +330,28 @@ def default_problems(device: str = "cpu") -> list[Workload]:
         },
         {"seq_len": 9, "batch": 4, "input_size": 12, "hidden_size": 20, "proj_size": 8},
     ]
+    dtypes = ["float32", "float64", "bfloat16", "float16"]
+    if torch.device(device).type == "cuda":
+        dtypes.append("tf32")
+        variants += [
+            {"seq_len": 24, "batch": 5, "input_size": 128, "hidden_size": 128},
+            {"seq_len": 24, "batch": 33, "input_size": 64, "hidden_size": 256},
+            {"seq_len": 16, "batch": 16, "input_size": 64, "hidden_size": 512},
+            {"seq_len": 16, "batch": 70, "input_size": 64, "hidden_size": 1024},
+            {"seq_len": 12, "batch": 3, "input_size": 64, "hidden_size": 2048},
+            {
+                "seq_len": 24,
+                "batch": 20,
+                "input_size": 64,
+                "hidden_size": 768,
+                "bidirectional": True,
+                "lengths": "packed",
+            },
+        ]
     return [
         Workload(cell=cell, dtype=dtype, device=device, mode="training", **variant)  # type: ignore[arg-type]
         for cell in ("lstm", "gru", "gru-before")
-        for dtype in ("float32", "float64", "bfloat16", "float16")
+        for dtype in dtypes
         for variant in variants
         if cell == "lstm" or not variant.get("proj_size")
     ]

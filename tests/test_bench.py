@@ -47,7 +47,9 @@ from rnnlm_kernels.bench.workload import (
     MODES,
     Setup,
     Workload,
+    captured,
     flops,
+    precision,
     row_lengths,
     setup,
     trial,
@@ -180,6 +182,28 @@ def test_an_interrupted_run_keeps_what_it_measured() -> None:
     assert results.measurements[1].ratio is not None
 
 
+def test_a_run_out_of_time_says_how_many_problems_it_left_out() -> None:
+    grid = [TINY, TINY.with_mode("training")]
+    results = harness.run(grid, [torch_contender()], options=QUICK, total_s=0.0)
+    assert (results.measurements, results.left_out) == ([], 2)
+    assert "last 2 problems" in report.to_markdown(results)
+    in_time = harness.run(grid, [torch_contender()], options=QUICK, total_s=1e6)
+    assert (len(in_time.measurements), in_time.left_out) == (2, 0)
+
+
+def test_a_long_sequence_may_be_checked_over_its_first_steps() -> None:
+    class WrongAtTheEnd(Doubled):
+        def forward(self, x: Tensor, state: object) -> tuple[Tensor, object]:
+            output, final = self.inner[0](x, state)
+            return torch.cat([output[:3], output[3:] * 2]), final
+
+    wrong = Contender("wrong at the end", lambda inputs: WrongAtTheEnd(torch_layer(inputs)))
+    for steps, status in ((3, OK), (4, WRONG), (None, WRONG)):
+        results = harness.run([TINY], [wrong], options=QUICK, check_steps=steps)
+        assert [m.status for m in results.measurements] == [status]
+        assert results.settings["check_steps"] == steps
+
+
 def test_thread_counts_are_set_for_the_run_and_restored_after_it() -> None:
     before = torch.get_num_threads()
     seen = []
@@ -251,6 +275,19 @@ def test_samples_alternate_in_abba_order() -> None:
     assert "".join(clock.calls) == "ab" + "abbaabba"  # one warm-up call each, then the samples
 
 
+def test_a_stopwatch_takes_the_place_of_the_clock() -> None:
+    runs = []
+
+    def stopwatch(run: measure.Step) -> float:
+        run()
+        runs.append(run)
+        return 0.5
+
+    samples = interleave({"a": lambda: None, "b": lambda: None}, QUICK, stopwatch=stopwatch)
+    assert samples == {"a": [0.5] * 2, "b": [0.5] * 2}
+    assert len(runs) == 2 * (1 + 2)  # a warm-up call and two samples of each
+
+
 def test_short_steps_are_repeated_to_fill_a_sample() -> None:
     clock = FakeClock()
     options = TimingOptions(budget_s=0.0, min_samples=2, max_samples=2, min_sample_s=1.0)
@@ -290,8 +327,8 @@ def test_quantiles_are_ordered_and_inside_the_samples(samples: list[float]) -> N
 def test_ratio_is_the_rivals_time_over_ours_per_workload_and_thread_count() -> None:
     other = replace(TINY, batch=9)
     found = [
-        measurement(TINY, TORCH, median_us=30.0, saved_bytes=100),
-        measurement(TINY, "cpu", median_us=10.0, saved_bytes=40),
+        measurement(TINY, TORCH, median_us=30.0, saved_bytes=100, peak_bytes=200),
+        measurement(TINY, "cpu", median_us=10.0, saved_bytes=40, peak_bytes=50),
         measurement(other, TORCH, median_us=5.0),
         measurement(other, "cpu", median_us=10.0),
         Measurement(TINY, 2, "cpu", median_us=10.0),  # nobody to compare with
@@ -299,6 +336,7 @@ def test_ratio_is_the_rivals_time_over_ours_per_workload_and_thread_count() -> N
     fill_ratios(found)
     assert [m.ratio for m in found] == [None, 3.0, None, 0.5, None]
     assert found[1].saved_ratio == 0.4
+    assert found[1].peak_ratio == 0.25
 
 
 @given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=20), st.floats(0.1, 10))
@@ -422,6 +460,8 @@ def test_flops_by_hand() -> None:
         {"hidden_size": -1},
         {"proj_size": 5},
         {"cell": "gru", "proj_size": 2},
+        {"runner": "compiled"},
+        {"runner": "graph"},  # of CUDA, on a CPU
     ],
     ids=str,
 )
@@ -437,11 +477,59 @@ def test_grids_have_no_twins_and_the_default_is_part_of_the_full_one() -> None:
     assert len(set(full)) == len(full)
     assert set(default) <= set(full)
     assert not {w.shape for w in default} & {"70,80,400,1150", "64,16,1024,1024"}
+    gpu = grids.gpu_grid()
+    assert len(set(gpu)) == len(gpu)
 
 
 @pytest.mark.parametrize("target", targets.TARGETS, ids=lambda t: t.title)
-def test_the_default_grid_speaks_about_every_target(target: targets.Target) -> None:
-    assert any(target.selects(measurement(w)) for w in grids.default_grid())
+def test_the_grid_of_its_device_speaks_about_every_target(target: targets.Target) -> None:
+    grid = grids.gpu_grid() if target.device == "cuda" else grids.default_grid()
+    assert any(target.selects(measurement(w)) for w in grid)
+
+
+def test_a_gpu_run_that_ends_early_has_met_every_target_and_every_dtype_alike() -> None:
+    begun = grids.gpu_grid()[:128]
+    for target in targets.TARGETS:
+        if target.device == "cuda":
+            assert any(target.selects(measurement(w)) for w in begun), target.title
+    counts = {sum(w.dtype == dtype for w in begun) for dtype in DTYPES if dtype != "float64"}
+    assert counts == {32}
+
+
+def test_gpu_targets_and_cpu_targets_are_apart() -> None:
+    slow = {"ratio": 0.5, "peak_ratio": 0.5, "saved_ratio": 0.1}
+    gru = Workload("gru", 4, 2, 256, 256, dtype="bfloat16", mode="training")
+    on_gpu = targets.judge([measurement(replace(gru, device="cuda:0"), **slow)])
+    assert {v.target.title: v.met for v in on_gpu} == {
+        "GRU bfloat16 on a GPU, training, mean": False,
+        "Any problem on a GPU, slowest": False,
+        "Training on a GPU, peak memory, mean": True,
+    }
+    assert all(v.target.device == "cpu" for v in targets.judge([measurement(gru, **slow)]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, True),
+        ({"mode": "training"}, True),
+        ({"device": "cpu"}, False),
+        ({"cell": "gru"}, False),
+        ({"dtype": "bfloat16"}, False),
+        ({"hidden_size": 1152}, False),
+        ({"hidden_size": 200}, False),
+        ({"input_size": 200}, False),
+        ({"batch": 12}, False),
+        ({"batch": 136}, False),
+        ({"num_layers": 2}, False),
+        ({"bidirectional": True}, False),
+        ({"lengths": "packed"}, False),
+    ],
+    ids=str,
+)
+def test_where_cudnn_is_persistent(changes: dict, expected: bool) -> None:
+    workload = Workload("lstm", 4, 16, 128, 512, dtype="float16", device="cuda")
+    assert replace(workload, **changes).cudnn_is_persistent is expected
 
 
 def test_select_refuses_unknown_names_and_empty_choices() -> None:
@@ -586,6 +674,19 @@ def test_plot_is_a_png_and_absent_without_ratios(small_run: Results) -> None:
     assert ratio_plot(replace(small_run, measurements=[])) is None
 
 
+def test_a_gpu_grid_is_drawn_over_sizes(small_run: Results) -> None:
+    pytest.importorskip("matplotlib")
+    found = [measurement(w, "cuda", ratio=1.0 + w.hidden_size / 512) for w in grids.gpu_grid()]
+    many = ratio_plot(replace(small_run, measurements=found))
+    few = ratio_plot(replace(small_run, measurements=found[:1]))
+    assert many is not None
+    assert few is not None
+    assert many.startswith(b"\x89PNG")
+    width, height = (int.from_bytes(many[i : i + 4], "big") for i in (16, 20))
+    assert max(width, height) < 2500  # one bar each would be far more
+    assert many != few
+
+
 def test_an_interrupted_run_says_so(small_run: Results) -> None:
     assert "interrupted" not in report.to_markdown(small_run)
     assert "interrupted" in report.to_markdown(replace(small_run, complete=False))
@@ -615,3 +716,46 @@ def test_gflops_are_flops_over_time(small_run: Results) -> None:
     assert m.median_us is not None
     assert m.gflops is not None
     assert math.isclose(m.gflops * 1e9 * m.median_us * 1e-6, flops(m.workload), rel_tol=1e-9)
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [name for name in DTYPES if name != "float64"])
+def test_a_gpu_is_timed_checked_and_replayed_from_a_graph(dtype: str) -> None:
+    eager = Workload("lstm", 8, 4, 64, 64, dtype=dtype, device="cuda", mode="training")
+    grid = [
+        w for e in (eager.with_mode("inference"), eager) for w in (e, replace(e, runner="graph"))
+    ]
+    results = harness.run(grid, [torch_contender(), *contenders()[1:]], options=QUICK)
+    assert [m.note for m in results.measurements if m.status != OK] == []
+    for m in results.measurements:
+        assert m.median_us is not None
+        assert m.median_us > 0
+        assert (m.peak_bytes is None) == (m.workload.runner == "graph")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_graph_computes_what_its_step_computes() -> None:
+    inputs = setup(Workload("gru", 6, 3, 32, 32, device="cuda", runner="graph"))
+    ready = trial(torch_layer(inputs), inputs)
+    seen: list[Tensor] = []
+    replayed = captured(replace(ready, step=lambda: seen.append(ready.forward())))
+    inputs.x.mul_(0.5)  # a replay reads its inputs anew
+    replayed.step()
+    torch.cuda.synchronize()
+    assert torch.equal(seen[-1], ready.forward())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_tf32_is_allowed_where_a_workload_says_so_and_then_as_before() -> None:
+    before = torch.backends.cudnn.allow_tf32
+    for dtype in ("float32", "tf32"):
+        with precision(Workload("lstm", 1, 1, 8, 8, dtype=dtype, device="cuda")):
+            assert torch.backends.cudnn.allow_tf32 == (dtype == "tf32")
+            assert torch.backends.cuda.matmul.allow_tf32 == (dtype == "tf32")
+    assert torch.backends.cudnn.allow_tf32 == before

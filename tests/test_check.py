@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -207,7 +208,12 @@ def test_rms_error_never_exceeds_the_largest(values: list[float]) -> None:
 
 def test_default_problems_reach_every_cell_dtype_and_branch() -> None:
     problems = default_problems()
-    assert {(p.cell, p.dtype) for p in problems} == {(c, d) for c in CELLS for d in DTYPES}
+    everything = {(c, d) for c in CELLS for d in DTYPES}
+    # On a CPU, TF32 is float32.
+    assert {(p.cell, p.dtype) for p in problems} == {(c, d) for c, d in everything if d != "tf32"}
+    on_gpu = default_problems("cuda")
+    assert {(p.cell, p.dtype) for p in on_gpu} == everything
+    assert {replace(p, device="cpu") for p in on_gpu} >= set(problems)
     for cell in CELLS:
         own = [p for p in problems if p.cell == cell]
         assert {p.lengths for p in own} == {"dense", "packed"}

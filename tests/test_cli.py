@@ -20,7 +20,7 @@ from rnnlm_kernels.bench import harness
 from rnnlm_kernels.bench.contenders import our_layer
 from rnnlm_kernels.bench.results import Results
 from rnnlm_kernels.bench.workload import Setup
-from rnnlm_kernels.cli import app
+from rnnlm_kernels.cli import app, bench
 from rnnlm_kernels.cli.bench import default_folder
 from rnnlm_kernels.cli.errors import terminate_as_interrupt
 from rnnlm_kernels.cli.info import typical_problems
@@ -190,9 +190,50 @@ def test_list_runs_nothing_and_names_the_grid() -> None:
     assert "lstm f32 1000,8,64,64 packed" in shown.out
 
 
+def test_full_is_the_grid_of_that_name() -> None:
+    named, short = (
+        Outcome("bench", "--list", "--grid", "full"),
+        Outcome("bench", "--list", "--full"),
+    )
+    assert named.code == short.code == 0
+    assert named.out == short.out
+    assert named.out != Outcome("bench", "--list").out
+
+
+def test_what_is_measured_is_on_disk_before_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a GPU that hangs, nothing can be asked at the end."""
+    monkeypatch.setattr(bench, "KEEP_EVERY_S", 0.0)
+    measure_one, kept = harness._measure, []
+
+    def look(*arguments: object) -> object:
+        kept.append((tmp_path / "custom.json").exists())
+        if kept[-1]:
+            half = Results.load(tmp_path / "custom.json")
+            assert not half.complete
+            assert [m.ratio is None for m in half.measurements] == [True, False]
+        return measure_one(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(harness, "_measure", look)
+    shown = Outcome("bench", *QUICK, "--shape", "3,2,4,5", "--cell", "gru", "--out", str(tmp_path))
+    assert shown.code == 0
+    assert kept == [False, True]
+
+
+def test_a_run_may_be_short_of_time(tmp_path: Path) -> None:
+    shape = ("--shape", "3,2,4,5", "--cell", "gru", "--out", str(tmp_path))
+    shown = Outcome("bench", *QUICK, *shape, "--budget-seconds", "60", "--check-steps", "2")
+    assert shown.code == 0
+    results = Results.load(tmp_path / "custom.json")
+    assert (results.settings["total_s"], results.settings["check_steps"]) == (60.0, 2)
+    assert "--budget-seconds 60.0 --check-steps 2" in results.command
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
+        ("bench", "--grid", "chessboard"),
         ("bench", "--cell", "rnn"),
         ("bench", "--cell", "gru-before"),
         ("bench", "--dtype", "int8"),

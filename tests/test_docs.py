@@ -84,3 +84,21 @@ def test_readme_table_is_the_committed_result() -> None:
     assert script["table"](results) in (ROOT / "README.md").read_text("utf-8")
     assert results["complete"]
     assert not results["commit"]["modified"]
+
+
+def test_readme_claims_of_a_gpu_only_what_was_measured_on_one() -> None:
+    """The table is that of a committed result, or says that there is none."""
+    script = runpy.run_path(str(ROOT / "benchmarks" / "readme_table.py"))
+    files = sorted(ROOT.glob("benchmarks/results/gpu-*/gpu.json"))
+    tables = [script["gpu_table"](json.loads(file.read_text("utf-8"))) for file in files]
+    readme = (ROOT / "README.md").read_text("utf-8")
+    shown = [table for table in tables or [script["gpu_table"](None)] if table in readme]
+    assert len(shown) == 1
+
+
+def test_a_gpu_table_shows_what_a_result_holds_and_what_it_lacks() -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / "readme_table.py"))
+    group = {"cell": "gru", "kind": "dense", "dtype": "bfloat16", "mode": "training", "ratio": 0.5}
+    lines = script["gpu_table"]({"geomeans": [group]}).splitlines()
+    assert "| GRU bfloat16 | not yet measured | **0.50x** |" in lines
+    assert lines.count("| GRU float16 | not yet measured | not yet measured |") == 1

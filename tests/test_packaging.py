@@ -22,13 +22,13 @@ from pathlib import Path
 
 import pybind11
 import pytest
+from cuda_toolkit import cuda_resources, needs_nvcc
 
 import rnnlm_kernels
 from rnnlm_kernels import _C
 
 ROOT = Path(__file__).resolve().parent.parent
 LINUX_ONLY = pytest.mark.skipif(sys.platform != "linux", reason="reads ELF files")
-NEEDS_NVCC = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 IS_X86_64 = sysconfig.get_platform().endswith(("x86_64", "amd64"))
 # Shared objects that would tie the module to one torch, one CUDA or a second OpenMP.
 FORBIDDEN = re.compile(r"torch|c10|cudart|gomp|omp|libpython", re.IGNORECASE)
@@ -106,22 +106,47 @@ def unpacked(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def wheel(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel that the sdist builds."""
+    """The wheel that the sdist builds, where somebody also builds the emulator for tests."""
     out = tmp_path_factory.mktemp("wheel")
     run(
         *(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"),
         *("--wheel-dir", out, unpacked),
         cwd=out,
+        env=environment(RNNLM_BUILD_EMULATOR="1"),
     )
     return one(list(out.glob("*.whl")))
 
 
-@pytest.fixture(scope="session")
-def wheel_module(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("module")
+def module_of(wheel: Path, folder: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if "/_C." in name)
         return Path(archive.extract(name, folder))
+
+
+@pytest.fixture(scope="session")
+def wheel_module(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return module_of(wheel, tmp_path_factory.mktemp("module"))
+
+
+def with_nvcc(**changes: str) -> dict[str, str]:
+    """An environment in which a build finds nvcc, be it on PATH or not."""
+    nvcc = cuda_resources.find_tool("nvcc")
+    found = {} if shutil.which("nvcc") else {"CUDACXX": str(nvcc)}
+    return environment(RNNLM_BUILD_CUDA="1", **found, **changes)
+
+
+@pytest.fixture(scope="session")
+def cuda_module(wheel: Path, unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The native module of a wheel with CUDA kernels, for one architecture: all take minutes."""
+    del wheel  # left its objects in the unpacked tree
+    out = tmp_path_factory.mktemp("cuda-wheel")
+    run(
+        *(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"),
+        *("--wheel-dir", out, unpacked),
+        cwd=out,
+        env=with_nvcc(RNNLM_CUDA_ARCHS="80-real"),
+    )
+    return module_of(one(list(out.glob("*.whl"))), out)
 
 
 @pytest.fixture(scope="session")
@@ -226,12 +251,12 @@ def test_a_module_that_was_removed_does_not_stay_in_the_build(source: Path, tmp_
 # --- The native module --------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["running", "wheel"])
+@pytest.fixture(params=["running", "wheel", pytest.param("cuda", marks=needs_nvcc)])
 def module_file(request: pytest.FixtureRequest) -> Path:
     if request.param == "running":
         assert _C.__file__ is not None
         return Path(_C.__file__)
-    path = request.getfixturevalue("wheel_module")
+    path = request.getfixturevalue(f"{request.param}_module")
     assert isinstance(path, Path)
     return path
 
@@ -412,17 +437,17 @@ def test_a_wrong_architecture_is_named(tmp_path: Path, archs: str) -> None:
     assert f'RNNLM_CUDA_ARCHS holds "{archs.split(";")[-1]}"' in out
 
 
-@NEEDS_NVCC
+@needs_nvcc
 def test_an_architecture_that_nvcc_does_not_know_is_named(tmp_path: Path) -> None:
-    env = environment(PATH=tools_first(os.environ["PATH"]))
+    env = with_nvcc(PATH=tools_first(os.environ["PATH"]))
     out = configure(tmp_path, env, "RNNLM_BUILD_CUDA=1", "RNNLM_CUDA_ARCHS=20", fails=True)
     assert 'RNNLM_CUDA_ARCHS holds "20", which nvcc' in one_line(out)
 
 
-@NEEDS_NVCC
+@needs_nvcc
 @pytest.mark.slow
 def test_chosen_architectures_are_the_ones_compiled_for(tmp_path: Path) -> None:
-    env = environment(PATH=tools_first(os.environ["PATH"]))
+    env = with_nvcc(PATH=tools_first(os.environ["PATH"]))
     configure(tmp_path, env, "RNNLM_BUILD_CUDA=1", "RNNLM_CUDA_ARCHS=80-real, 90a-real")
     commands = json.loads((tmp_path / "build" / "compile_commands.json").read_text())
     command = one([Path(c["command"]) for c in commands if c["file"].endswith("probe.cu")])
@@ -431,6 +456,66 @@ def test_chosen_architectures_are_the_ones_compiled_for(tmp_path: Path) -> None:
     target = "CMakeFiles/rnnlm_cuda.dir/csrc/launch/probe.cu.o"
     run("cmake", "--build", tmp_path / "build", "--target", target, cwd=tmp_path, env=env)
     assert (tmp_path / "build" / target).stat().st_size > 0
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_by_default_every_generation_gets_machine_code_and_the_future_ptx(tmp_path: Path) -> None:
+    env = with_nvcc(PATH=tools_first(os.environ["PATH"]))
+    out = configure(tmp_path, env, "RNNLM_BUILD_CUDA=1")
+    (archs,) = re.findall(r"rnnlm-kernels: with CUDA \S+ for (\S+)", out)
+    chosen = archs.split(";")
+    assert {"80-real", "90a-real"} <= set(chosen)
+    assert any(not arch.endswith("-real") for arch in chosen)
+
+
+@needs_nvcc
+@LINUX_ONLY
+@pytest.mark.slow
+def test_a_cuda_module_built_without_a_gpu_loads_without_one(cuda_module: Path) -> None:
+    program = f"""
+import importlib.util
+spec = importlib.util.spec_from_file_location("_C", {str(cuda_module)!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print(module.build_info()["cuda_archs"])
+try:
+    module.cuda_probe(16, 16, 4, 1.0, device=1 << 20)
+except RuntimeError as error:
+    print(error)
+"""
+    archs, error = run(sys.executable, "-c", program, cwd=ROOT).splitlines()
+    assert archs == "('80-real',)"
+    assert error.startswith("CUDA error while")
+    assert "nvidia-smi" in error or "CUDA_VISIBLE_DEVICES" in error
+
+
+@pytest.mark.parametrize(
+    ("gpus", "wishes", "expected"),
+    [
+        pytest.param("", {}, ["0", ""], id="no-gpu-no-cuda"),
+        pytest.param("9.0\n9.0\n8.6\n", {}, ["auto", "86-real 90a-real"], id="for-these-gpus"),
+        pytest.param("[N/A]\n", {}, ["0", ""], id="a-gpu-that-does-not-say"),
+        pytest.param("9.0\n", {"RNNLM_BUILD_CUDA": "0"}, ["0", ""], id="told-not-to"),
+        pytest.param("", {"RNNLM_BUILD_CUDA": "1"}, ["1", ""], id="told-to"),
+        pytest.param("", {"RNNLM_CUDA_ARCHS": "120"}, ["", "120"], id="told-for-which"),
+    ],
+)
+def test_make_builds_cuda_kernels_for_the_gpus_of_the_machine(
+    tmp_path: Path, gpus: str, wishes: dict[str, str], expected: list[str]
+) -> None:
+    venv_folder = tmp_path / "venv"
+    venv_folder.mkdir()
+    (venv_folder / ".created").touch()
+    smi = tmp_path / "nvidia-smi"
+    (tmp_path / "gpus").write_text(gpus)
+    smi.write_text(f"#!/bin/sh\ncat '{tmp_path}/gpus'\n")
+    smi.chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    env = environment(PATH=path, RNNLM_BUILD_CUDA="") | wishes
+    settings = venv_folder / ".settings"
+    run("make", f"VENV={venv_folder}", settings, cwd=ROOT, env=env)
+    assert settings.read_text().splitlines()[1:3] == expected
 
 
 # --- What is written in two places --------------------------------------------------------------
@@ -456,7 +541,7 @@ def test_pre_commit_runs_the_pinned_tools() -> None:
 
 def test_make_help_lists_every_target() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
     assert {"test", "bench", "lint", "format", "sanitize", "wheel", "clean"} <= targets
     out = run("make", "--no-print-directory", "help", cwd=ROOT)
-    assert set(re.findall(r"^  make ([a-z]+)", out, re.MULTILINE)) == targets
+    assert set(re.findall(r"^  make ([a-z-]+)", out, re.MULTILINE)) == targets

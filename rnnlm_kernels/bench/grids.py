@@ -1,9 +1,11 @@
-"""Which workloads are run: the default grid (under three minutes), the full one, or your own."""
+"""Which workloads are run: the default grid (under three minutes), the full one, the one for GPUs,
+or your own."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import product
+from typing import Any
 
 from .workload import CELLS, DTYPES, LENGTHS, MODES, Workload
 
@@ -62,6 +64,66 @@ def full_grid(device: str = "cpu") -> list[Workload]:
     ]
 
 
+def gpu_grid(device: str = "cuda") -> list[Workload]:
+    """Sizes around which kernels for GPUs change their ways, the most telling first.
+
+    A run with a time limit drops the end of it: usual sizes come before small batches, large
+    batches and the largest layers, those before CUDA graphs, stacks, packing and short sequences.
+    """
+    cells, both = ("lstm", "gru"), ("inference", "training")
+    halves, precisions = ("bfloat16", "float16"), ("bfloat16", "float16", "tf32", "float32")
+    long, short = 512, 64
+
+    def part(
+        steps: int,
+        hidden: Sequence[int],
+        batches: Sequence[int],
+        dtypes: Sequence[str] = halves,
+        modes: Sequence[str] = both,
+        **options: Any,
+    ) -> list[Workload]:
+        """Sizes outermost, so that wherever the run stops, cells and dtypes have the same ones."""
+        return [
+            workload
+            for size, batch in product(hidden, batches)
+            for workload in custom_grid(
+                [(steps, batch, size, size)],
+                cells=cells,
+                dtypes=dtypes,
+                modes=modes,
+                device=device,
+                **options,
+            )
+        ]
+
+    return [
+        *part(long, (512, 1024), (16, 64), precisions),
+        *part(long, (256, 768), (16, 64), precisions),
+        *part(long, (256, 512, 1024), (1,), precisions),
+        *part(long, (512, 1024), (16,), runner="graph"),
+        *part(long, (512,), (16,), num_layers=2),
+        *part(long, (512,), (16,), bidirectional=True),
+        *part(long, (128, 1536, 2048), (16,), precisions),
+        *part(long, (512,), (16, 64), lengths=("packed",)),
+        *part(long, (512, 1024), (8, 32)),
+        *part(short, (512, 1024), (128, 256), ("bfloat16", "float16", "tf32")),
+        *part(short, (256, 512, 1024), (1, 16, 64)),
+        *part(long, (512, 1024), (16,), modes=("forward",)),
+        *part(long, (256,), (16,), runner="graph"),
+        *part(long, (1024,), (16,), num_layers=2, bidirectional=True),
+        *part(long, (768,), (1,)),
+        *part(long, (1536, 2048), (1, 64)),
+        *part(short, (128, 2048), (128, 256)),
+        *part(1, (512, 1024), (1,), modes=("inference",)),
+        *custom_grid(
+            [(short, 16, 512, 512)], cells=["gru-before"], dtypes=["bfloat16"], device=device
+        ),
+    ]
+
+
+NAMED = {"default": default_grid, "full": full_grid, "gpu": gpu_grid}
+
+
 def custom_grid(
     shapes: Sequence[tuple[int, int, int, int]],
     *,
@@ -73,6 +135,7 @@ def custom_grid(
     bidirectional: bool = False,
     proj_size: int = 0,
     device: str = "cpu",
+    runner: str = "eager",
 ) -> list[Workload]:
     """Every combination of what is given, cell by cell, the modes of one layer side by side."""
     return [
@@ -89,6 +152,7 @@ def custom_grid(
             device=device,
             lengths=length,
             mode=mode,
+            runner=runner,
         )
         for cell, dtype, length, (seq_len, batch, input_size, hidden_size), mode in product(
             cells, dtypes, lengths, shapes, modes

@@ -5,9 +5,10 @@ from __future__ import annotations
 import datetime
 import gc
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
@@ -24,10 +25,16 @@ from .contenders import (
     rival_of,
 )
 from .contenders import contenders as default_contenders
-from .measure import TimingOptions, interleave, peak_bytes, quantiles, saved_for_backward
-from .measure import synchroniser as synchroniser_for
+from .measure import (
+    TimingOptions,
+    interleave,
+    peak_bytes,
+    quantiles,
+    saved_for_backward,
+    stopwatch_for,
+)
 from .results import FAILED, WRONG, Measurement, Results, fill_ratios
-from .workload import Setup, Trial, Workload, flops, setup, trial
+from .workload import Setup, Trial, Workload, captured, flops, precision, setup, trial
 
 log = logging.getLogger("rnnlm_kernels")
 
@@ -45,28 +52,28 @@ def _threads(count: int) -> Iterator[None]:
 
 
 class _Verdicts:
-    """Checks each contender once per layer and input, not once per mode.
+    """Checks each contender once per layer and input, not once per mode or runner.
 
     Workloads that differ in mode only share weights and inputs, so the most demanding check
     (outputs and all gradients) stands for all of them; inference is not blamed for gradients.
+    With ``steps`` a longer sequence is checked over its first steps only.
     """
 
-    def __init__(self, grid: Sequence[Workload]) -> None:
+    def __init__(self, grid: Sequence[Workload], steps: int | None = None) -> None:
+        self._steps = steps
         self._needs_grad = {self._family(w) for w in grid if w.mode != "inference"}
         self._judge: Judge | None = None
         self._found: dict[tuple[Workload, int, str], CheckResult] = {}
 
-    @staticmethod
-    def _family(workload: Workload) -> Workload:
-        return workload.with_mode("inference")
+    def _family(self, workload: Workload) -> Workload:
+        steps = min(workload.seq_len, self._steps or workload.seq_len)
+        return replace(workload, mode="inference", runner="eager", seq_len=steps)
 
     def __call__(self, workload: Workload, contender: Contender) -> tuple[bool, str]:
         family = self._family(workload)
         key = (family, torch.get_num_threads(), contender.name)
         if key not in self._found:
-            judged = workload
-            if family in self._needs_grad:
-                judged = family.with_mode("training")
+            judged = family.with_mode("training") if family in self._needs_grad else family
             # One at a time: an oracle of a large workload holds a lot of memory.
             if self._judge is None or self._judge.workload != judged:
                 self._judge = Judge(judged)
@@ -101,6 +108,8 @@ def run(
     options: TimingOptions | None = None,
     results: Results | None = None,
     progress: Progress = lambda workload, threads: None,
+    total_s: float | None = None,
+    check_steps: int | None = None,
 ) -> Results:
     """Measure every contender on every workload.
 
@@ -115,6 +124,8 @@ def run(
         results: filled as the run goes on, so that a caller still has what was measured when the
             run is interrupted; None makes a new one.
         progress: called before each workload with it and the thread count.
+        total_s: no workload is begun after so many seconds; ``results.left_out`` counts the others.
+        check_steps: of longer sequences, only so many steps are checked.
 
     Returns:
         ``results``, complete, with ratios filled in.
@@ -122,9 +133,15 @@ def run(
     chosen = list(contenders if contenders is not None else default_contenders())
     options = options or TimingOptions()
     results = results or new_results(options=options)
-    verdicts = _Verdicts(grid)
+    results.settings |= {"total_s": total_s, "check_steps": check_steps}
+    verdicts = _Verdicts(grid, check_steps)
+    order = _order(grid, threads)
+    start = time.monotonic()
     try:
-        for workload, count in _order(grid, threads):
+        for index, (workload, count) in enumerate(order):
+            if total_s is not None and time.monotonic() - start >= total_s:
+                results.left_out = len(order) - index
+                break
             progress(workload, count)
             with _threads(count):
                 results.measurements += _measure(workload, chosen, verdicts, options)
@@ -138,7 +155,8 @@ def _order(grid: Sequence[Workload], threads: Sequence[int]) -> list[tuple[Workl
     """Modes and thread counts of one family stay together, so that its oracle is computed once."""
     families: dict[Workload, list[Workload]] = {}
     for workload in grid:
-        families.setdefault(workload.with_mode("inference"), []).append(workload)
+        key = replace(workload, mode="inference", runner="eager")
+        families.setdefault(key, []).append(workload)
     return [
         (workload, count)
         for family in families.values()
@@ -161,6 +179,16 @@ def _measure(
     options: TimingOptions,
 ) -> list[Measurement]:
     """All contenders on one workload with the current number of threads."""
+    with precision(workload):
+        return _measure_now(workload, contenders, verdicts, options)
+
+
+def _measure_now(
+    workload: Workload,
+    contenders: Sequence[Contender],
+    verdicts: _Verdicts,
+    options: TimingOptions,
+) -> list[Measurement]:
     threads = torch.get_num_threads()
     inputs = setup(workload)
     measurements: list[Measurement] = []
@@ -180,7 +208,7 @@ def _measure(
 
     if trials:
         steps = {name: t.step for name, t in trials.items()}
-        samples = interleave(steps, options, synchronise=synchroniser_for(workload.device))
+        samples = interleave(steps, options, stopwatch=stopwatch_for(workload.device))
         work = flops(workload)
         for measurement in measurements:
             if measurement.contender in samples:
@@ -190,7 +218,8 @@ def _measure(
                 measurement.samples = found.samples
                 measurement.us_per_step = found.median_us / workload.seq_len
                 measurement.gflops = work / found.median_us / 1e3
-                if measurement.contender != TORCH_COMPILE:  # hooks would make it compile again
+                # Hooks would make a compiled layer compile again, and a graph has its own memory.
+                if measurement.contender != TORCH_COMPILE and workload.runner == "eager":
                     _measure_memory(trials[measurement.contender], inputs, measurement)
     gc.collect()
     return measurements
@@ -212,7 +241,7 @@ def _admit(
     measurement.plan = contender.plan(workload)
     ready = trial(contender.build(inputs), inputs)
     ready.step()
-    return ready
+    return captured(ready) if workload.runner == "graph" else ready
 
 
 def _measure_memory(ready: Trial, inputs: Setup, measurement: Measurement) -> None:

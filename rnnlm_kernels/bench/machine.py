@@ -46,6 +46,7 @@ def describe() -> dict[str, Any]:
         machine["gpus"] = [
             torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
         ]
+        machine["gpu"] = _gpu()
     return machine
 
 
@@ -58,11 +59,17 @@ def versions() -> dict[str, str]:
     }
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
+        found["cudnn"] = str(torch.backends.cudnn.version())
     return found
 
 
 def commit() -> dict[str, Any] | None:
-    """The commit of the repository that this package is run from, None when installed elsewhere."""
+    """The commit of the repository that this package is run from, None when installed elsewhere.
+
+    A copy of the tree without its repository may be told by ``RNNLM_COMMIT``.
+    """
+    if told := os.environ.get("RNNLM_COMMIT"):
+        return {"commit": told[:12], "modified": None}
     package = Path(__file__).resolve().parents[1]
     top = _git(package, "rev-parse", "--show-toplevel")
     # A virtual environment inside someone's repository is not that repository's code.
@@ -101,6 +108,28 @@ def short_name(machine: dict[str, Any], device: str = "cpu") -> str:
 def _slug(text: str) -> str:
     text = re.sub(r"\((r|tm|c)\)|\bcpu\b|\bprocessor\b|@.*$", " ", text.lower())
     return re.sub(r"[^a-z0-9]+", "-", text).strip("-") or "unknown"
+
+
+def _gpu() -> dict[str, Any]:
+    """What the current GPU is, and how its driver has set it."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    gpu = {
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+    }
+    asked = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")
+    try:
+        answer = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        ).stdout.splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return gpu
+    return gpu | dict(zip(asked, (word.strip() for word in answer.split(",")), strict=False))
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -1,9 +1,9 @@
 """How a number is obtained: interleaved timing, bytes saved for backward, peak memory.
 
-Timing. Samples of all contenders alternate in the order A B, B A, A B, ... so that a machine that
-slows down, speeds up or is shared hits them alike. A sample repeats the step until it lasts long
-enough for the clock and for a neighbour's thread pool to have gone to sleep. What is reported is
-the median with the 20 % and 80 % quantiles.
+Timing. By the clock, on a GPU by its own events. Samples of all contenders alternate in the order A
+B, B A, A B, ... so that a machine that slows down, speeds up or is shared hits them alike. A sample
+repeats the step until it lasts long enough for the clock and for a neighbour's thread pool to have
+gone to sleep. What is reported is the median with the 20 % and 80 % quantiles.
 
 Memory. *Saved* bytes are what autograd keeps between forward and backward: the storages behind
 every tensor it saves, each once, parameters excepted (they exist anyway), x included. Some of it
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 Step = Callable[[], None]
+Stopwatch = Callable[[Step], float]  # how many seconds something takes
 
 _PATIENCE = 4.0  # in budgets
 
@@ -78,18 +79,27 @@ def quantiles(samples_s: Iterable[float]) -> Quantiles:
     return Quantiles(median, cuts[0], cuts[3], len(ordered))
 
 
-def synchroniser(device: str) -> Callable[[], None]:
-    """What to call before reading the clock so that queued work is done."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.synchronize
-    return lambda: None
+def cuda_stopwatch(run: Step) -> float:
+    """Seconds between two events on the current stream with ``run`` between them."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def stopwatch_for(device: str) -> Stopwatch | None:
+    """What times a run on a device better than the clock, None for the clock."""
+    return cuda_stopwatch if torch.device(device).type == "cuda" else None
 
 
 def interleave(
     steps: Mapping[str, Step],
     options: TimingOptions,
     *,
-    synchronise: Callable[[], None] = lambda: None,
+    stopwatch: Stopwatch | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Time several steps in turn; returns each one's samples in seconds per call.
@@ -97,10 +107,17 @@ def interleave(
     Args:
         steps: by contender; every one is called in every round.
         options: how many samples to take.
-        synchronise: waits for queued device work.
+        stopwatch: times one run; None for the clock.
         clock: seconds; a test may count instead.
     """
-    repeats = {name: _repeats(step, options, synchronise, clock) for name, step in steps.items()}
+
+    def by_clock(run: Step) -> float:
+        begin = clock()
+        run()
+        return clock() - begin
+
+    measure = stopwatch or by_clock
+    repeats = {name: _repeats(step, options, measure) for name, step in steps.items()}
     samples: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
     # A collection in the middle of a sample would be charged to whoever happens to run.
@@ -119,12 +136,7 @@ def interleave(
                 step, repeat = steps[name], repeats[name]
                 if repeat > 1:
                     step()  # caches belong to this contender again before its clock starts
-                synchronise()
-                begin = clock()
-                for _ in range(repeat):
-                    step()
-                synchronise()
-                samples[name].append((clock() - begin) / repeat)
+                samples[name].append(measure(_repeated(step, repeat)) / repeat)
             order.reverse()
             rounds += 1
     finally:
@@ -133,20 +145,19 @@ def interleave(
     return samples
 
 
-def _repeats(
-    step: Step,
-    options: TimingOptions,
-    synchronise: Callable[[], None],
-    clock: Callable[[], float],
-) -> int:
+def _repeated(step: Step, count: int) -> Step:
+    def run() -> None:
+        for _ in range(count):
+            step()
+
+    return run
+
+
+def _repeats(step: Step, options: TimingOptions, measure: Stopwatch) -> int:
     """Warm a step up and find how many calls make a sample of the wanted length."""
     duration = 0.0
     for _ in range(max(1, options.warmup)):
-        synchronise()
-        begin = clock()
-        step()
-        synchronise()
-        duration = clock() - begin
+        duration = measure(step)
     if duration <= 0:
         return 1
     return max(1, min(10_000, round(options.min_sample_s / duration)))

@@ -1,4 +1,5 @@
-"""The picture of a result: how many times faster than the rival, problem by problem."""
+"""The picture of a result: how many times faster than the rival, problem by problem; for the many
+problems of a GPU, over the size of the layer."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 
 from .contenders import REFERENCE, RIVALS
 from .results import Measurement, Results
-from .workload import MODES
+from .workload import DTYPES, MODES, SHORT_DTYPES
 
 log = logging.getLogger("rnnlm_kernels")
 
@@ -30,7 +31,8 @@ def ratio_plot(results: Results) -> bytes | None:
     """Draw the ratios as a PNG.
 
     One column per mode, one row of panels per thread count; bars start at 1.0, to the right we are
-    faster. The axis is logarithmic, so that twice as fast and half as fast look alike.
+    faster. The axis is logarithmic, so that twice as fast and half as fast look alike. Of a GPU:
+    one panel per cell, mode and dtype, in it a line per batch size over the hidden size.
 
     Returns:
         The PNG, or None when nothing has a ratio or matplotlib is not installed.
@@ -46,6 +48,9 @@ def ratio_plot(results: Results) -> bytes | None:
         log.warning("no plot without matplotlib; pip install 'rnnlm-kernels[bench]' brings it")
         return None
 
+    plain = [m for m in drawn if m.workload.on_cuda and _is_plain(m)]
+    if plain:
+        return _png(FigureCanvasAgg, _size_figure(Figure, plain, results, str(contender)))
     modes = [mode for mode in MODES if any(m.workload.mode == mode for m in drawn)]
     threads = sorted({m.threads for m in drawn})
     labels = list(dict.fromkeys(m.workload.label for m in drawn))
@@ -69,9 +74,93 @@ def ratio_plot(results: Results) -> bytes | None:
     figure.suptitle(_title(results, str(contender), threads), fontsize=9.5, color=_INK)
     figure.supxlabel("times faster than the rival (log scale)", fontsize=9, color=_INK)
     _legend(figure, drawn)
+    return _png(FigureCanvasAgg, figure)
+
+
+def _png(canvas: Any, figure: Any) -> bytes:
     image = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(image)
+    canvas(figure).print_png(image)
     return image.getvalue()
+
+
+def _is_plain(m: Measurement) -> bool:
+    """One layer in one direction, called as it is: what a line over sizes can be drawn through."""
+    w = m.workload
+    return (
+        w.kind == "dense"
+        and w.num_layers == w.num_directions == 1
+        and w.cell in ("lstm", "gru")
+        and w.mode in ("inference", "training")
+    )
+
+
+def _size_figure(
+    make: Any, measurements: list[Measurement], results: Results, contender: str
+) -> Any:
+    dtypes = [d for d in DTYPES if any(m.workload.dtype == d for m in measurements)]
+    columns = [
+        (cell, mode)
+        for cell in ("lstm", "gru")
+        for mode in MODES
+        if any((m.workload.cell, m.workload.mode) == (cell, mode) for m in measurements)
+    ]
+    figure = make(
+        figsize=(1.0 + 2.6 * len(columns), 1.4 + 1.9 * len(dtypes)), dpi=_DPI, layout="constrained"
+    )
+    axes = figure.subplots(len(dtypes), len(columns), squeeze=False, sharex=True, sharey=True)
+    lines = sorted({(m.workload.batch, m.workload.seq_len) for m in measurements})
+    shades = {batch: i for i, batch in enumerate(sorted({batch for batch, _ in lines}))}
+    longest = max(steps for _, steps in lines)
+    handles = {}
+    for row, dtype in enumerate(dtypes):
+        for column, (cell, mode) in enumerate(columns):
+            axis = axes[row][column]
+            for batch, steps in lines:
+                points = sorted(
+                    (m.workload.hidden_size, m.ratio or 1.0)
+                    for m in measurements
+                    if (m.workload.dtype, m.workload.cell, m.workload.mode) == (dtype, cell, mode)
+                    and (m.workload.batch, m.workload.seq_len) == (batch, steps)
+                )
+                if points:
+                    (handles[batch, steps],) = axis.plot(
+                        *zip(*points, strict=True),
+                        marker="o",
+                        markersize=3,
+                        linewidth=1.2,
+                        linestyle="-" if steps == longest else "--",
+                        color=_shade(shades[batch] / max(1, len(shades) - 1)),
+                        label=f"B={batch}, T={steps}",
+                    )
+            axis.axhline(1.0, color=_INK, linewidth=1.0)
+            axis.set_title(f"{cell} {SHORT_DTYPES[dtype]} {mode}", fontsize=8, color=_INK)
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log", base=2)
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+            axis.tick_params(labelsize=7, colors=_INK)
+            axis.grid(color="#dddddd", linewidth=0.6)
+    figure.suptitle(
+        f"rnnlm-kernels ({contender}) against torch.nn {results.versions.get('torch', '?')}\n"
+        f"{', '.join(results.machine.get('gpus', [])[:1])}",
+        fontsize=9.5,
+        color=_INK,
+    )
+    figure.supxlabel("hidden size", fontsize=9, color=_INK)
+    figure.supylabel("times faster than the rival", fontsize=9, color=_INK)
+    figure.legend(
+        handles=[handles[key] for key in sorted(handles)],
+        loc="outside right upper",
+        frameon=False,
+        fontsize=7,
+    )
+    return figure
+
+
+def _shade(position: float) -> tuple[float, float, float]:
+    """From light to dark blue: the larger the batch, the darker."""
+    light, dark = (0.62, 0.79, 0.93), (0.05, 0.16, 0.38)
+    return tuple(a + (b - a) * position for a, b in zip(light, dark, strict=True))  # type: ignore[return-value]
 
 
 def _panel(axis: Any, measurements: list[Measurement], labels: list[str]) -> None:

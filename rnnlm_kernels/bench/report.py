@@ -47,6 +47,11 @@ def to_markdown(results: Results, plot: str | None = None) -> str:
     parts = [f"# Benchmark on {machine_line(results)}", provenance(results)]
     if not results.complete:
         parts.append("**This run was interrupted: what follows is what was measured until then.**")
+    if results.left_out:
+        parts.append(
+            f"**The time given ({results.settings['total_s']:g} s) did not reach the last "
+            f"{results.left_out} problems of the grid.**"
+        )
     if results.disturbed:
         parts.append(f"**{load_warning(results)}**")
     if plot:
@@ -97,6 +102,9 @@ def provenance(results: Results) -> str:
         f"- Commit: {commit}",
         f"- Vector features: {features}",
     ]
+    if gpu := results.machine.get("gpu"):
+        facts = ", ".join(f"{name} {value}" for name, value in gpu.items())
+        lines.append(f"- GPU: {facts}")
     return "\n".join(lines)
 
 
@@ -161,13 +169,12 @@ def _targets(results: Results) -> str:
     rows = []
     for verdict in judge(results.measurements):
         target = verdict.target
-        saved = target.figure == "most saved"
         rows.append(
             (
                 target.title,
                 verdict.contender,
                 str(verdict.threads),
-                f"{'at most' if saved else 'at least'} {target.bound:.2f}x",
+                f"{'at most' if target.at_most else 'at least'} {target.bound:.2f}x",
                 format_ratio(verdict.value),
                 verdict.word if verdict.met else f"**{verdict.word}**",
             )
@@ -218,6 +225,7 @@ def _memory(results: Results) -> str:
             _mib(m.workspace_bytes),
             _mib(m.peak_bytes),
             format_ratio(m.saved_ratio),
+            format_ratio(m.peak_ratio),
         )
         for m in results.measurements
         if m.status == OK and m.workload.mode == "training"
@@ -230,6 +238,7 @@ def _memory(results: Results) -> str:
         "of it workspace",
         "Peak MiB",
         "Saved / rival's",
+        "Peak / rival's",
     )
     return _table(header, rows, left=2)
 

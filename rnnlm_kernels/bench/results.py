@@ -35,6 +35,7 @@ class Measurement:
         note: the reason, or what the correctness check found.
         ratio: rival's median over ours: above 1 we are faster. None for the rival itself.
         saved_ratio: our saved bytes over the rival's: below 1 we keep less. None likewise.
+        peak_ratio: our peak memory over the rival's.
     """
 
     workload: Workload
@@ -54,6 +55,7 @@ class Measurement:
     peak_bytes: int | None = None
     ratio: float | None = None
     saved_ratio: float | None = None
+    peak_ratio: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)
@@ -84,8 +86,8 @@ class Group:
 class Results:
     """A benchmark run: the measurements and all that is needed to read or repeat them.
 
-    ``complete`` is False when the run was interrupted, ``load_before`` is the load average of the
-    machine when it began.
+    ``complete`` is False when the run was interrupted, ``left_out`` counts the problems of the grid
+    that its time did not reach, ``load_before`` is the load average of the machine when it began.
     """
 
     created: str
@@ -98,6 +100,7 @@ class Results:
     load_before: float | None = None
     measurements: list[Measurement] = field(default_factory=list)
     complete: bool = False
+    left_out: int = 0
 
     @property
     def disturbed(self) -> bool:
@@ -131,7 +134,7 @@ class Results:
                 f"the result has schema {data.get('schema')!r}, this version reads {SCHEMA}"
             )
         names = {f.name for f in fields(cls)} - {"measurements"}
-        optional = {"load_before", "complete"}
+        optional = {"load_before", "complete", "left_out"}
         missing = sorted(names - optional - data.keys())
         if missing:
             raise ValueError(f"the result lacks {', '.join(missing)}")
@@ -192,11 +195,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def fill_ratios(measurements: Iterable[Measurement]) -> None:
-    """Set ``ratio`` and ``saved_ratio`` of every measurement that has a rival to compare with."""
+    """Set the ratios of every measurement that has a rival to compare with."""
     measurements = list(measurements)
     by_key = {(m.workload, m.threads, m.contender): m for m in measurements}
     for m in measurements:
-        m.ratio = m.saved_ratio = None
+        m.ratio = m.saved_ratio = m.peak_ratio = None
         rival_name = rival_of(m.workload)
         rival = by_key.get((m.workload, m.threads, rival_name))
         if rival is None or rival is m:
@@ -205,6 +208,8 @@ def fill_ratios(measurements: Iterable[Measurement]) -> None:
             m.ratio = rival.median_us / m.median_us
         if rival.saved_bytes and m.saved_bytes is not None:
             m.saved_ratio = m.saved_bytes / rival.saved_bytes
+        if rival.peak_bytes and m.peak_bytes is not None:
+            m.peak_ratio = m.peak_bytes / rival.peak_bytes
 
 
 def geomean(values: Iterable[float]) -> float:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from .contenders import REFERENCE, RIVALS
@@ -17,24 +17,44 @@ class Target:
     Args:
         title: what a reader calls it.
         figure: ``"geomean"`` or ``"least"`` of the ratios (rival's time over ours, so at least
-            ``bound`` is wanted), or ``"most saved"``, the largest ratio of saved bytes (ours over
-            the rival's, so at most ``bound`` is wanted).
+            ``bound`` is wanted), or ``"most saved"``, the largest ratio of saved bytes, or ``"mean
+            peak"``, the geometric mean of the ratios of peak memory (ours over the rival's, so at
+            most ``bound`` is wanted).
         cell, kind, dtype, mode: which measurements; None for all.
         projection: False leaves projected LSTMs out, which torch does not run on oneDNN.
+        device: ``"cpu"`` or ``"cuda"``.
+        dtypes: any of these; empty for all.
+        over: only hidden sizes above this one.
+        cudnn_is_persistent: True for the problems that cuDNN runs in one persistent kernel.
     """
 
     title: str
-    figure: Literal["geomean", "least", "most saved"]
+    figure: Literal["geomean", "least", "most saved", "mean peak"]
     bound: float
     cell: str | None = None
     kind: str | None = None
     dtype: str | None = None
     mode: str | None = None
     projection: bool = True
+    device: str = "cpu"
+    dtypes: tuple[str, ...] = ()
+    over: int = 0
+    cudnn_is_persistent: bool | None = None
+
+    @property
+    def at_most(self) -> bool:
+        """Whether the bound is an upper one."""
+        return self.figure in ("most saved", "mean peak")
 
     def selects(self, measurement: Measurement) -> bool:
         workload = measurement.workload
         if workload.proj_size and not self.projection:
+            return False
+        if self.device != ("cuda" if workload.on_cuda else "cpu"):
+            return False
+        if self.dtypes and workload.dtype not in self.dtypes:
+            return False
+        if workload.hidden_size <= self.over:
             return False
         return all(
             wanted is None or wanted == found
@@ -43,6 +63,7 @@ class Target:
                 (self.kind, workload.kind),
                 (self.dtype, workload.dtype),
                 (self.mode, workload.mode),
+                (self.cudnn_is_persistent, workload.cudnn_is_persistent),
             )
         )
 
@@ -69,6 +90,58 @@ class Verdict:
         return "met" if self.met else "missed"
 
 
+def _gpu_targets() -> list[Target]:
+    """What the CUDA kernels are to reach against cuDNN."""
+    targets = []
+    for mode, bound in (("inference", 3.0), ("training", 2.5)):
+        for title, selection in (
+            ("LSTM bfloat16", {"cell": "lstm", "dtypes": ("bfloat16",)}),
+            ("GRU bfloat16", {"cell": "gru", "dtypes": ("bfloat16",)}),
+            ("GRU float16, H > 192", {"cell": "gru", "dtypes": ("float16",), "over": 192}),
+        ):
+            targets.append(
+                Target(
+                    f"{title} on a GPU, {mode}, mean",
+                    "geomean",
+                    bound,
+                    kind="dense",
+                    mode=mode,
+                    device="cuda",
+                    **selection,
+                )
+            )
+    for mode in ("inference", "training"):
+        persistent = Target(
+            f"LSTM float16 where cuDNN is persistent, {mode}, mean",
+            "geomean",
+            1.3,
+            kind="dense",
+            mode=mode,
+            device="cuda",
+            cudnn_is_persistent=True,
+        )
+        floats = replace(
+            persistent,
+            title=f"float32 and TF32 on a GPU, {mode}, mean",
+            bound=1.5,
+            dtypes=("float32", "tf32"),
+            cudnn_is_persistent=None,
+        )
+        targets += [persistent, floats]
+    return [
+        *targets,
+        Target("Any problem on a GPU, slowest", "least", 1.0, device="cuda"),
+        Target(
+            "Training on a GPU, peak memory, mean",
+            "mean peak",
+            0.6,
+            kind="dense",
+            mode="training",
+            device="cuda",
+        ),
+    ]
+
+
 # A call of 0.7 times torch's duration is a ratio of 1 / 0.7.
 TARGETS = (
     Target("GRU float32 inference, mean", "geomean", 1.2, "gru", "dense", "float32", "inference"),
@@ -93,6 +166,7 @@ TARGETS = (
         "training",
         projection=False,
     ),
+    *_gpu_targets(),
 )
 
 
@@ -116,17 +190,24 @@ def judge(measurements: Sequence[Measurement]) -> list[Verdict]:
     return verdicts
 
 
+_FIGURES: dict[
+    str, tuple[Callable[[Measurement], float | None], Callable[[list[float]], float]]
+] = {
+    "geomean": (lambda m: m.ratio, geomean),
+    "least": (lambda m: m.ratio, min),
+    "most saved": (lambda m: m.saved_ratio, max),
+    "mean peak": (lambda m: m.peak_ratio, geomean),
+}
+
+
 def _verdict(
     target: Target, contender: str, threads: int, chosen: Sequence[Measurement]
 ) -> Verdict:
-    saved = target.figure == "most saved"
-    found = [m.saved_ratio if saved else m.ratio for m in chosen]
-    values = [value for value in found if value is not None]
-    value = None
-    if values:
-        value = geomean(values) if target.figure == "geomean" else (max if saved else min)(values)
+    quantity, summary = _FIGURES[target.figure]
+    values = [value for value in map(quantity, chosen) if value is not None]
+    value = summary(values) if values else None
     refused = sum(m.status == WRONG for m in chosen)
     met = False
     if value is not None and not refused:
-        met = value <= target.bound if saved else value >= target.bound
+        met = value <= target.bound if target.at_most else value >= target.bound
     return Verdict(target, contender, threads, value, refused, met)

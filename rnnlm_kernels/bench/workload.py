@@ -6,7 +6,8 @@ and the check behind it speak of the same inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -19,13 +20,23 @@ from ..options import Problem, RecurrenceOptions
 CELLS = ("lstm", "gru", "gru-before")
 MODES = ("inference", "forward", "training")
 LENGTHS = ("dense", "packed")
+RUNNERS = ("eager", "graph")
+# What a user chooses. TF32 is float32 whose products a GPU may round to 11 bits on their way into
+# its tensor cores; on a CPU it is float32.
 DTYPES = {
     "float32": torch.float32,
+    "tf32": torch.float32,
     "float64": torch.float64,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-SHORT_DTYPES = {"float32": "f32", "float64": "f64", "bfloat16": "bf16", "float16": "f16"}
+SHORT_DTYPES = {
+    "float32": "f32",
+    "tf32": "tf32",
+    "float64": "f64",
+    "bfloat16": "bf16",
+    "float16": "f16",
+}
 
 
 @dataclass(frozen=True)
@@ -36,12 +47,13 @@ class Workload:
         cell: ``"lstm"``, ``"gru"`` (torch's, reset after) or ``"gru-before"`` (Cho et al.).
         seq_len, batch, input_size, hidden_size: T, B, I, H.
         num_layers, bidirectional, proj_size, bias: as in :class:`torch.nn.LSTM`.
-        dtype: a key of ``DTYPES``.
+        dtype: a key of ``DTYPES``; ``"float32"`` forbids TF32, which ``"tf32"`` allows.
         device: a torch device.
         lengths: ``"dense"`` or ``"packed"`` (random lengths from T/2 to T, longest first).
         mode: ``"inference"`` (forward under ``no_grad``), ``"forward"`` (forward that records for
             backward) or ``"training"`` (forward and backward, with gradients of x and weights).
         seed: of weights, inputs and lengths.
+        runner: ``"eager"``, or ``"graph"``: replayed from a CUDA graph.
 
     Raises:
         ValueError: a size is not positive or a name is unknown.
@@ -61,6 +73,7 @@ class Workload:
     proj_size: int = 0
     bias: bool = True
     seed: int = 0
+    runner: str = "eager"
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -68,6 +81,7 @@ class Workload:
             ("dtype", tuple(DTYPES)),
             ("lengths", LENGTHS),
             ("mode", MODES),
+            ("runner", RUNNERS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -83,10 +97,16 @@ class Workload:
             )
         if self.proj_size and self.cell != "lstm":
             raise ValueError(f"proj_size is an LSTM option, got cell {self.cell!r}")
+        if self.runner == "graph" and not self.on_cuda:
+            raise ValueError(f"runner 'graph' needs a CUDA device, got {self.device!r}")
 
     @property
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
+
+    @property
+    def on_cuda(self) -> bool:
+        return torch.device(self.device).type == "cuda"
 
     @property
     def num_directions(self) -> int:
@@ -94,8 +114,31 @@ class Workload:
 
     @property
     def kind(self) -> str:
-        """``"latency"`` for a single step of a single row, else ``"dense"`` or ``"packed"``."""
+        """What is averaged together: ``"graph"``, ``"latency"`` (a single step of a single row),
+        ``"dense"`` or ``"packed"``."""
+        if self.runner == "graph":
+            return "graph"
         return "latency" if self.seq_len == 1 and self.batch == 1 else self.lengths
+
+    @property
+    def cudnn_is_persistent(self) -> bool:
+        """Whether torch lets cuDNN keep an LSTM's weights on the chip of a large recent GPU.
+
+        The conditions of ``use_persist_common_heuristics`` and ``use_persist_device_heuristics`` in
+        PyTorch's ``aten/src/ATen/native/cudnn/RNN.cpp``.
+        """
+        return (
+            self.on_cuda
+            and self.cell == "lstm"
+            and self.dtype == "float16"
+            and self.lengths == "dense"
+            and self.num_layers == self.num_directions == 1
+            and not self.proj_size
+            and self.hidden_size <= 1024
+            and self.hidden_size % 128 == self.input_size % 128 == 0
+            and self.batch % 8 == 0
+            and self.batch <= 128
+        )
 
     @property
     def shape(self) -> str:
@@ -110,6 +153,7 @@ class Workload:
             f"proj {self.proj_size}" if self.proj_size else "",
             "" if self.bias else "no bias",
             "packed" if self.lengths == "packed" else "",
+            "graph" if self.runner == "graph" else "",
         ]
         words = [self.cell, SHORT_DTYPES[self.dtype], self.shape, *extras]
         return " ".join(word for word in words if word)
@@ -230,13 +274,35 @@ class Setup:
         return data, (final if isinstance(final, tuple) else (final,))
 
 
+@contextmanager
+def precision(workload: Workload) -> Iterator[None]:
+    """Set torch's switches for TF32 as a workload wants them, where they matter."""
+    if not workload.on_cuda or workload.torch_dtype != torch.float32:
+        yield
+        return
+    switches: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = workload.dtype == "tf32"
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value
+
+
 def setup(workload: Workload) -> Setup:
-    """Make the tensors of a workload; equal workloads give equal bits on every machine."""
-    generator = torch.Generator().manual_seed(workload.seed)
+    """Make the tensors of a workload; equal workloads give equal bits on every CPU.
+
+    On GPUs they are drawn there, as it would take a CPU long; equal bits on every GPU of a kind.
+    """
     dtype, device = workload.torch_dtype, torch.device(workload.device)
+    drawn_on = device if workload.on_cuda else torch.device("cpu")
+    generator = torch.Generator(drawn_on).manual_seed(workload.seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device=device, dtype=dtype)
+        drawn = torch.randn(*shape, generator=generator, device=drawn_on)
+        return drawn.to(device=device, dtype=dtype)
 
     # On the meta device a layer costs nothing and still knows its parameters' names and shapes.
     template = (nn.LSTM if workload.cell == "lstm" else nn.GRU)(
@@ -244,7 +310,7 @@ def setup(workload: Workload) -> Setup:
     )
     bound = workload.hidden_size**-0.5  # torch's own initialisation
     weights = {
-        name: ((2 * torch.rand(weight.shape, generator=generator) - 1) * bound).to(
+        name: ((2 * torch.rand(weight.shape, generator=generator, device=drawn_on) - 1) * bound).to(
             device=device, dtype=dtype
         )
         for name, weight in template.named_parameters()
@@ -318,3 +384,17 @@ def trial(layer: nn.Module, inputs: Setup) -> Trial:
             leaf.grad = None
 
     return Trial(layer, forward, training_step if mode == "training" else forward_step)
+
+
+def captured(ready: Trial) -> Trial:
+    """The same trial with its step replayed from a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # what is set up once must not become part of the graph
+            ready.step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ready.step()
+    return replace(ready, step=graph.replay)

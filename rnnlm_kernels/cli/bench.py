@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -16,13 +19,14 @@ from typer import Argument, Option
 from ..bench import grids, harness, machine, report, targets
 from ..bench.contenders import RIVALS, contenders, rival_of
 from ..bench.measure import TimingOptions
-from ..bench.results import FAILED, OK, WRONG, Measurement, Results, geomeans
+from ..bench.results import FAILED, OK, WRONG, Measurement, Results, fill_ratios, geomeans
 from ..bench.workload import Workload
 from .arguments import check_backends, check_device, parse_threads
 from .errors import INTERRUPTED, one_line_errors, terminate_as_interrupt
 from .tables import console, table
 
 NOT_RIGHT = 1
+KEEP_EVERY_S = 15.0
 
 bench_app = typer.Typer(invoke_without_command=True, rich_markup_mode="rich")
 
@@ -31,12 +35,18 @@ bench_app = typer.Typer(invoke_without_command=True, rich_markup_mode="rich")
 @one_line_errors
 def bench(
     ctx: typer.Context,
-    full: Annotated[bool, Option("--full", help="The whole grid: tens of minutes.")] = False,
+    full: Annotated[
+        bool, Option("--full", help="The same as --grid full: tens of minutes.")
+    ] = False,
+    grid_name: Annotated[
+        str, Option("--grid", help=f"Which problems: {', '.join(grids.NAMED)}.")
+    ] = "default",
     cell: Annotated[
         list[str] | None, Option(help="Only lstm, gru or gru-before. Repeatable.")
     ] = None,
     dtype: Annotated[
-        list[str] | None, Option(help="Only float32, bfloat16, float16 or float64. Repeatable.")
+        list[str] | None,
+        Option(help="Only float32, tf32, bfloat16, float16 or float64. Repeatable."),
     ] = None,
     mode: Annotated[
         list[str] | None, Option(help="Only inference, forward or training. Repeatable.")
@@ -60,6 +70,12 @@ def bench(
     compile_limit: Annotated[float, Option(min=1.0, help="Seconds allowed to compile one.")] = 60.0,
     budget: Annotated[float, Option(min=0.0, help="Seconds of timing for each problem.")] = 3.0,
     samples: Annotated[int, Option(min=0, help="This many samples instead of a budget.")] = 0,
+    budget_seconds: Annotated[
+        float | None, Option(min=0.0, help="Begin no problem after so many seconds in all.")
+    ] = None,
+    check_steps: Annotated[
+        int | None, Option(min=1, help="Of longer sequences, check only so many steps.")
+    ] = None,
     out: Annotated[
         Path | None,
         Option(help="Folder for the results. Default: benchmarks/results/ in the repository."),
@@ -78,7 +94,7 @@ def bench(
     check_device(device)
     check_backends(backend or ())
     grid, name = _grid(
-        full,
+        "full" if full else grid_name,
         cells=cell or (),
         dtypes=dtype or (),
         modes=mode or (),
@@ -92,8 +108,10 @@ def bench(
         return
     chosen = contenders(backend, compile_torch=compile_torch, compile_limit_s=compile_limit)
     options = TimingOptions(budget_s=budget)
+    if torch.device(device).type == "cuda":  # no neighbour's threads to sit out
+        options = replace(options, min_sample_s=0.003)
     if samples:
-        options = TimingOptions(budget_s=0.0, min_samples=samples, max_samples=samples)
+        options = replace(options, budget_s=0.0, min_samples=samples, max_samples=samples)
     folder = out or default_folder(device)
     folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is known now
     results = harness.new_results(command=_command(ctx), grid=name, options=options)
@@ -111,16 +129,28 @@ def bench(
     try:
         with terminate_as_interrupt(), Progress(*columns, console=stderr, transient=True) as bar:
             task = bar.add_task("starting", total=len(grid) * max(1, len(counts)))
-            started = False
+            started, kept = False, time.monotonic()
 
             def progress(workload: Workload, count: int) -> None:
-                nonlocal started
+                nonlocal started, kept
+                if time.monotonic() - kept > KEEP_EVERY_S and results.measurements:
+                    # A device that hangs lets nobody write at the end.
+                    fill_ratios(results.measurements)
+                    results.save(folder / f"{name}.json")
+                    kept = time.monotonic()
                 bar.advance(task, 1 if started else 0)
                 started = True
                 bar.update(task, description=f"{workload.label} {workload.mode} t={count}")
 
             harness.run(
-                grid, chosen, threads=counts, options=options, results=results, progress=progress
+                grid,
+                chosen,
+                threads=counts,
+                options=options,
+                results=results,
+                progress=progress,
+                total_s=budget_seconds,
+                check_steps=check_steps,
             )
     except KeyboardInterrupt:
         interrupted = True
@@ -173,7 +203,7 @@ def save(results: Results, folder: Path) -> list[Path]:
 
 
 def _grid(
-    full: bool,
+    name: str,
     *,
     cells: Sequence[str],
     dtypes: Sequence[str],
@@ -196,11 +226,12 @@ def _grid(
         return grid, "custom"
     if layers != 1:
         raise ValueError("--layers goes with --shape; the grids say how many layers they have")
-    grid = grids.full_grid(device) if full else grids.default_grid(device)
+    if name not in grids.NAMED:
+        raise ValueError(f"--grid should be one of {', '.join(grids.NAMED)}, got {name!r}")
+    grid = grids.NAMED[name](device)
     chosen = grids.select(grid, cells=cells, dtypes=dtypes, modes=modes, lengths=lengths)
     # A part of a grid must not overwrite the results of the whole.
-    name = "custom" if len(chosen) < len(grid) else "full" if full else "default"
-    return chosen, name
+    return chosen, name if len(chosen) == len(grid) else "custom"
 
 
 def _command(ctx: typer.Context) -> str:
@@ -265,7 +296,7 @@ def _show(results: Results) -> None:
 
     goals = table("Goals of this stage", ("goal", "backend"), ("threads", "wanted", "measured", ""))
     for verdict in targets.judge(results.measurements):
-        sign = "<=" if verdict.target.figure == "most saved" else ">="
+        sign = "<=" if verdict.target.at_most else ">="
         goals.add_row(
             verdict.target.title,
             verdict.contender,
