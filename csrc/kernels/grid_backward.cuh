@@ -489,13 +489,14 @@ class GridBackward {
     for (int f = 0; f + kTogether <= Config::kInRegisters; f += kTogether)
       load_fragments<kTogether>(f, weights_ + f);
     load_fragments<kRest>(Config::kInRegisters - kRest, weights_ + Config::kInRegisters - kRest);
-    static_assert(Config::kInShared % kTogether == 0);
+    constexpr int kBeside = 2;  // the registers are full of weights by now
+    static_assert(Config::kInShared % kBeside == 0);
     RNNLM_NO_UNROLL
-    for (int i = 0; i < Config::kInShared; i += kTogether) {
-      uint4 fragments[kTogether][2];
-      load_fragments<kTogether>(Config::kInRegisters + i, fragments);
+    for (int i = 0; i < Config::kInShared; i += kBeside) {
+      uint4 fragments[kBeside][2];
+      load_fragments<kBeside>(Config::kInRegisters + i, fragments);
       RNNLM_UNROLL
-      for (int j = 0; j < kTogether; ++j) {
+      for (int j = 0; j < kBeside; ++j) {
         uint4* to = weights_beyond_ + (i + j) * 2 * Config::kThreads;
         to[0] = fragments[j][0];
         to[Config::kThreads] = fragments[j][1];

@@ -3,13 +3,9 @@
 //
 // No number here has been measured by this project. "quoted" constants were measured by others, on
 // an H100 unless said otherwise; "derived" ones follow from such and from the PTX that the kernels
-// use. `scripts/gpu_check.sh` measures the latencies on the device at hand, and its probe's results
-// replace them. The model is used for all GPUs alike: what it has to get right is which tier is
-// faster, not by how much.
+// use. What scripts/gpu_check.sh measures on a device is to replace them. The model is used for all
+// GPUs alike: what it has to get right is which tier is faster, not by how much.
 #pragma once
-
-#include <algorithm>
-#include <cstdint>
 
 namespace rnnlm {
 
@@ -48,11 +44,11 @@ struct CostModel {
 
   // A stepwise launch: gates and stores, and floating-point operations per microsecond of products
   // of this shape.
-  double step_tail_us = 0.3;       // derived
-  double step_flops_16 = 350e6;    // quoted: bfloat16 and float16
-  double step_flops_tf32 = 180e6;  // quoted
-  double step_flops_f32 = 40e6;    // quoted
-  double step_flops_f64 = 20e6;    // derived: half of that
+  double step_tail_us = 0.3;     // derived, as all of these: a third to a half of the peaks
+  double step_flops_16 = 350e6;  // bfloat16 and float16
+  double step_flops_tf32 = 180e6;
+  double step_flops_f32 = 40e6;
+  double step_flops_f64 = 20e6;
 
   // A persistent tier must promise to need less than this share of the stepwise time. The model
   // may be off by that much, and the stepwise tier is the one that cannot go wrong.

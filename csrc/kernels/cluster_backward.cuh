@@ -1,0 +1,663 @@
+// A layer's backward recurrence in one launch, every 8 batch rows on their own: on one CTA (block
+// tier) or on the CTAs of a cluster (cluster tier). The counterpart of cluster_forward.cuh.
+//
+// Who owns what. The CTAs of a cluster share the hidden units evenly. A CTA has the rows of W_hh
+// that belong to its units' gates, transposed, as tensor-core fragments: it multiplies the
+// gradients of its own gates by them and gets its part of dh of ALL units. So gradients of gates
+// never leave a CTA; in a cluster each CTA then sends the others its part of their dh (float32;
+// half the bytes that the 16-bit gradients of all gates would be), and who owns a unit adds up the
+// parts in the order of the CTAs: the same bits every time. The warps of a CTA share the product's
+// outputs, each over all of its k. Where a value comes out of the product, or is received, lies
+// with the lane that computes the gates: a lane has "pairs", two neighbouring units of one batch
+// row; two such pairs in the block tier, one in the cluster tier. dc, and what of dh does not pass
+// through the product (the path through z of a GRU), stay in its registers.
+//
+// Computed step after step, from the last one of the forward pass to its first:
+//   gradients  from dh and dc to the gradients of the lane's gates, in 16 bits into one of two
+//              buffers in shared memory;
+//   barrier    of the CTA;
+//   multiply   every warp reads all gradients of the CTA;
+//   exchange   in a cluster: 16-byte st.async of accumulators, as they are, into the owner's slots;
+//   look ahead in the shadow of other warps' products (and of the exchange): storing the gradients,
+//              and what the next step's gradients are as functions of dh and dc (all of its special
+//              functions), from what was loaded a step ago; loading for the one behind.
+// A GRU that resets before the product has a product with W_hn first, then one with the rest.
+//
+// Rows. A row's gradient starts (grad_h_n, grad_c_n) at the step that was its last, and when the
+// step computed now no longer holds it, what the product gave is its dh0. Behind the last step
+// comes one more product for dh0, unless nobody wants it.
+//
+// Why two buffers are enough. Gradients of step s + 2 are written by a warp that has passed the
+// barrier of s + 1, before which all warps have multiplied those of s. Exchange n + 1 is sent
+// behind a barrier of the CTA, before which all of its warps have read exchange n: what
+// ClusterSignal asks.
+//
+// What a step costs (derived, not measured: 1.85 GHz; an SM's peak rates; LSTM), for 128 units in
+// one CTA and for 64 of 256 in each of four:
+//   issuing instructions       0.65 us    0.45 us    (about 600 or 420 a warp, two a scheduler)
+//   special functions          0.35       0.17       (ten a unit and row)
+//   gradients from shared      0.28       0.14       (each of eight warps reads all of the CTA's)
+//   tensor cores               0.21       0.21       (128 KB of weights)
+//   barrier and exchange       0.02       0.22
+// The first and second largest are kept out of each other's way by letting half of the warps look
+// ahead before they multiply and the other half after.
+#pragma once
+
+#include "device/gates.h"
+#include "kernels/cluster_state.cuh"
+
+namespace rnnlm {
+
+template <class T>
+struct ClusterBackwardParams {
+  DeviceSequence seq;
+  int hidden;               // a multiple of 8
+  const T* grad_output;     // [N, H] or null, as the next three
+  const T* grad_h_n;        // [B, H]
+  const T* grad_c_n;        // [B, H], LSTM
+  const float* grad_cells;  // [N, H], LSTM
+  const T* w_hh;            // [G*H, H]
+  const T* initial;         // [B, H]: c0 of an LSTM, h0 of a GRU
+  const float* cells;       // [N, H], LSTM
+  const T* output;          // [N, H], GRU
+  const T* saved;           // [N, saved gates * H]
+  T* dgates;                // [N, G*H]
+  T* candidate;             // [N, H], GRU
+  T* dh0;                   // [B, H] or null: not wanted
+  T* dc0;                   // [B, H], LSTM: null like dh0
+  uint32_t* abort_word;
+  WaitLimit wait_limit;
+};
+
+// --- one unit of one row on one thread -----------------------------------------------------------
+//
+// prepare() does all that needs neither dh nor dc: gradients are linear in these. `kept` are the
+// saved pre-activations, `before` is c (GRU: h) of the step before, `now` an LSTM's c of the step.
+// kStored gradients go to global memory. published(gate): which of them the product of that gate's
+// weights is taken with. `carry` is the part of the dh to come that is not in the product (0:
+// LSTM).
+
+struct LstmGradient {
+  using Math = Math16;
+  static constexpr int kGates = 4, kSaved = 4, kStored = 4;
+  static constexpr bool kHasCells = true, kResetsBefore = false;
+  using Slopes = LstmSlopes<float>;
+  static RNNLM_DEVICE int published(int gate) { return gate; }
+  static RNNLM_DEVICE Slopes prepare(const float (&kept)[4], float before, float now) {
+    return lstm_slopes<Math>(lstm_activate<Math>({kept[0], kept[1], kept[2], kept[3]}), before,
+                             now);
+  }
+  static RNNLM_DEVICE void gradients(const Slopes& s, float dh, float&, float& dc, float (&d)[4]) {
+    const float d_c = Math::fma(dh, s.h, dc);
+    d[0] = d_c * s.i;
+    d[1] = d_c * s.f;
+    d[2] = d_c * s.g;
+    d[3] = dh * s.o;
+    dc = d_c * s.c;
+  }
+};
+
+struct GruAfterGradient {
+  using Math = Math16;
+  static constexpr int kGates = 3, kSaved = 4, kStored = 4;  // r, z, n; of W_hn h + b_hn
+  static constexpr bool kHasCells = false, kResetsBefore = false;
+  struct Slopes {
+    GruUpdateGrad<float> update;
+    GruAfterGrad<float> reset;
+  };
+  static RNNLM_DEVICE int published(int gate) { return gate < 2 ? gate : 3; }
+  static RNNLM_DEVICE Slopes prepare(const float (&kept)[4], float before, float) {
+    return {gru_update_backward<Math>(Math::sigmoid(kept[1]), Math::tanh(kept[2]), before, 1.0f),
+            gru_reset_after_backward<Math>(Math::sigmoid(kept[0]), kept[3], 1.0f)};
+  }
+  static RNNLM_DEVICE void gradients(const Slopes& s, float dh, float& carry, float&,
+                                     float (&d)[4]) {
+    d[1] = dh * s.update.a_z;
+    d[2] = dh * s.update.a_n;
+    d[0] = d[2] * s.reset.a_r;
+    d[3] = d[2] * s.reset.d_hn;
+    carry = dh * s.update.h_direct;
+  }
+};
+
+struct GruBeforeGradient {
+  using Math = Math16;
+  static constexpr int kGates = 3, kSaved = 3, kStored = 4;  // r, z, n; r * h, no gradient
+  static constexpr bool kHasCells = false, kResetsBefore = true;
+  struct Slopes {
+    GruUpdateGrad<float> update;
+    GruBeforeGrad<float> reset;
+    float reset_h;
+  };
+  static RNNLM_DEVICE int published(int gate) { return gate; }
+  static RNNLM_DEVICE Slopes prepare(const float (&kept)[3], float before, float) {
+    const float r = Math::sigmoid(kept[0]);
+    return {gru_update_backward<Math>(Math::sigmoid(kept[1]), Math::tanh(kept[2]), before, 1.0f),
+            gru_reset_before_backward<Math>(r, before, 1.0f), r * before};
+  }
+  static RNNLM_DEVICE void gradients(const Slopes& s, float dh, float& carry, float&,
+                                     float (&d)[4]) {
+    d[0] = 0.0f;
+    d[1] = dh * s.update.a_z;
+    d[2] = dh * s.update.a_n;
+    d[3] = s.reset_h;
+    carry = dh * s.update.h_direct;
+  }
+  // With the gradient of r * h, from the product with W_hn. Returns that of r's pre-activation.
+  static RNNLM_DEVICE float reset_gradient(const Slopes& s, float d_rh, float& carry) {
+    carry = Math::fma(d_rh, s.reset.h_direct, carry);
+    return d_rh * s.reset.a_r;
+  }
+};
+
+// --- configuration -------------------------------------------------------------------------------
+
+// kDepth: hidden units that the kernel has room for, a multiple of 64; beyond `hidden` they are 0.
+template <class T_, class Unit_, int kDepth_, int kCtas_>
+struct ClusterBackwardConfig {
+  using T = T_;
+  using Unit = Unit_;
+  using Product = TensorCore16<T>;
+  static constexpr int kDepth = kDepth_;
+  static constexpr int kCtas = kCtas_;
+  static constexpr int kUnits = kDepth / kCtas;  // of a CTA
+  static constexpr int kWarps = kUnits / (kCtas == 1 ? 16 : 8);
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kPairs = kCtas == 1 ? 2 : 1;
+  static constexpr int kProducts = Unit::kResetsBefore ? 2 : 1;
+
+  // Tiles of 16 units of the product's output, in the order of the units; row g is the tile's unit
+  // 2g, row g + 8 unit 2g + 1. A warp's tiles all belong to one CTA.
+  static constexpr int kTiles = kDepth / 16 / kWarps;
+  static constexpr int kOwnTiles = kUnits / 16;
+  static_assert(kCtas == 1 ? kTiles == 1 : kOwnTiles % kTiles == 0 || kTiles % kOwnTiles == 0);
+
+  // k: the gates one after the other, of each the CTA's units; 32 a fragment, of which a tile takes
+  // 8 registers. A thread has room for 160 registers of weights beside the rest. Where it has more,
+  // most wait in shared memory, and to load them in time takes registers too.
+  static constexpr int kFragmentsOfGate = kUnits / 32;
+  static constexpr int kFragments = Unit::kGates * kFragmentsOfGate;
+  static constexpr int kHeld = kFragments * kTiles * 8 <= 160 ? kFragments : 96 / (kTiles * 8);
+  static constexpr int kInShared = kFragments - kHeld;
+
+  // Shared memory: two slots of gradients, weights, two slots of partial sums (float32 accumulators
+  // of a warp, from each CTA for each tile), the cluster's mbarriers.
+  static constexpr int kSlotBytes = kFragments * kFragmentBytes;
+  static constexpr int kWeightBytes = kInShared * kTiles * 2 * kThreads * 16;
+  static constexpr int kTileBytes = 32 * 16;
+  static constexpr int kSumsBytes = kCtas > 1 ? kCtas * kOwnTiles * kTileBytes : 0;
+  static constexpr int kSharedBytes = 2 * kSlotBytes + kWeightBytes + 2 * kSumsBytes +
+                                      (kCtas > 1 ? ClusterSignal<kCtas>::kBytes : 0);
+};
+
+// --- the kernel ----------------------------------------------------------------------------------
+
+template <class Config>
+class ClusterBackward {
+  using T = typename Config::T;
+  using Unit = typename Config::Unit;
+  using Product = typename Config::Product;
+  using Slopes = typename Unit::Slopes;
+  static constexpr int kCtas = Config::kCtas;
+  static constexpr int kPairs = Config::kPairs;
+  static constexpr int kTiles = Config::kTiles;
+
+ public:
+  RNNLM_DEVICE explicit ClusterBackward(const ClusterBackwardParams<T>& params)
+      : p_(params),
+        slots_(ptx::dynamic_shared()),
+        weights_(reinterpret_cast<uint4*>(slots_ + 2 * Config::kSlotBytes) + threadIdx.x),
+        sums_(slots_ + 2 * Config::kSlotBytes + Config::kWeightBytes),
+        signal_(sums_ + 2 * Config::kSumsBytes, Config::kSumsBytes, params.abort_word,
+                params.wait_limit),
+        lane_(threadIdx.x % 32),
+        warp_(threadIdx.x / 32),
+        rank_(kCtas > 1 ? rank_in_cluster() : 0),
+        row_(static_cast<int>(blockIdx.x) / kCtas * kClusterRows),
+        steps_(steps_with_row(params.seq, row_)) {}
+
+  RNNLM_DEVICE void run() {
+    load_weights();
+    start_gradients();
+    if constexpr (kCtas > 1) {
+      signal_.begin();
+      prepare_to_send();
+    }
+
+    // Rows of the steps in flight, in the order of computation: `earlier` is meant in the
+    // recurrence.
+    int later = 0, now = rows_of(0), earlier = rows_of(1), next = rows_of(2),
+        last_seen = rows_of(3);
+    aim();
+    load(0, later, now, earlier);
+    move_loads(now, earlier, next);
+    prepare();
+    load(1, now, earlier, next);
+    move_loads(earlier, next, last_seen);
+    // A warp that has given up waiting only meets the others of its CTA, which may not know yet.
+    bool over = false;
+    for (int s = 0; s < steps_; ++s) {
+      const bool last = s + 1 == steps_;
+      const int n = s * Config::kProducts;
+      if (!over) {
+        RNNLM_UNROLL
+        for (int pair = 0; pair < kPairs; ++pair) gradients(pair, s, later, now);
+        RNNLM_UNROLL
+        for (int gate = Unit::kResetsBefore ? 1 : 0; gate < Unit::kGates; ++gate) publish(s, gate);
+        over = kCtas > 1 && signal_.gave_up();
+      }
+      __syncthreads();
+
+      if constexpr (Unit::kResetsBefore) {
+        if (!over) {
+          multiply<2 * Config::kFragmentsOfGate, Config::kFragmentsOfGate>(s, n, [] {});
+          RNNLM_UNROLL
+          for (int pair = 0; pair < kPairs; ++pair) reset_gradients(pair, now);
+          publish(s, 0);
+        }
+        __syncthreads();
+      }
+
+      if (last && p_.dh0 == nullptr) {
+        store_results(now);
+        break;
+      }
+      if (over) continue;
+      const auto look_ahead = [&] {
+        store_results(now);
+        move_stores(now, earlier);
+        prepare();
+        load(s + 2, earlier, next, last_seen);
+        later = now;
+        now = earlier;
+        earlier = next;
+        next = last_seen;
+        last_seen = rows_of(s + 4);
+      };
+      if (looks_ahead_first()) look_ahead();
+      multiply<0, Unit::kResetsBefore ? 2 * Config::kFragmentsOfGate : Config::kFragments>(
+          s, n + Config::kProducts - 1, [&] {
+            if (!looks_ahead_first()) look_ahead();
+          });
+      move_loads(earlier, next, last_seen);
+    }
+    if (p_.dh0 != nullptr) {
+      RNNLM_UNROLL
+      for (int pair = 0; pair < kPairs; ++pair) store_initial(pair, later);
+    }
+    if constexpr (kCtas > 1) signal_.end();
+  }
+
+ private:
+  // Of the s-th step in the order of computation.
+  RNNLM_DEVICE int rows_of(int s) const { return rows_of_step(p_.seq, steps_, steps_ - 1 - s); }
+  RNNLM_DEVICE int64_t first_of(int s) const {
+    return first_row_of_step(p_.seq, steps_, steps_ - 1 - s);
+  }
+
+  // The first unit of this lane's pairs, in the layer and in the CTA. In a cluster, warps w and
+  // w + kOwnTiles share a tile: the even columns and the odd ones.
+  RNNLM_DEVICE int unit() const { return rank_ * Config::kUnits + local_unit(); }
+  RNNLM_DEVICE int local_unit() const { return own_tile() * 16 + 2 * lane_g(lane_); }
+  RNNLM_DEVICE int own_tile() const { return warp_ % Config::kOwnTiles; }
+  RNNLM_DEVICE int column(int pair) const {
+    return 2 * lane_t(lane_) + (kCtas == 1 ? pair : warp_ / Config::kOwnTiles);
+  }
+  RNNLM_DEVICE int batch_row(int pair) const { return row_ + column(pair); }
+  RNNLM_DEVICE bool holds(int pair, int rows) const {
+    return batch_row(pair) < rows && unit() < p_.hidden;
+  }
+  // Where this lane's first pair lies in a tensor [rows, width * H], seen from row `first`, and how
+  // far from there part `part` of a pair is.
+  template <class U>
+  RNNLM_DEVICE U* place(U* tensor, int64_t first, int width) const {
+    return advance(tensor, (first + row_ + column(0)) * (int64_t{width} * p_.hidden) + unit());
+  }
+  RNNLM_DEVICE int offset(int pair, int width, int part) const {
+    return (pair * width + part) * p_.hidden;
+  }
+
+  // --- before the first step
+
+  RNNLM_DEVICE void load_weights() {
+    // What goes to shared memory first, while registers are free.
+    RNNLM_NO_UNROLL
+    for (int f = Config::kHeld; f < Config::kFragments; ++f) {
+      RNNLM_UNROLL
+      for (int tile = 0; tile < kTiles; ++tile)
+        load_fragments(tile, f, weights_[in_shared(tile, f, 0)], weights_[in_shared(tile, f, 1)]);
+    }
+    RNNLM_UNROLL
+    for (int f = 0; f < Config::kHeld; ++f) {
+      RNNLM_UNROLL
+      for (int tile = 0; tile < kTiles; ++tile)
+        load_fragments(tile, f, held_[tile][f][0], held_[tile][f][1]);
+    }
+  }
+  static RNNLM_DEVICE int in_shared(int tile, int f, int half) {
+    return (((f - Config::kHeld) * kTiles + tile) * 2 + half) * Config::kThreads;
+  }
+  // Rows g and g + 8 of a tile of W_hh^T, 8 k of fragment f: neighbouring columns of 8 rows of
+  // W_hh.
+  RNNLM_DEVICE void load_fragments(int tile, int f, uint4& even, uint4& odd) const {
+    const int output = (warp_ * kTiles + tile) * 16 + 2 * lane_g(lane_);
+    const int k = f % Config::kFragmentsOfGate * Product::kStep + Product::k_of(lane_);
+    const int unit = rank_ * Config::kUnits + k;
+    const T* column =
+        p_.w_hh + (int64_t{f / Config::kFragmentsOfGate} * p_.hidden + unit) * p_.hidden + output;
+    const bool exists = output < p_.hidden && unit < p_.hidden;
+    uint32_t evens[4], odds[4];
+    RNNLM_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t first = exists ? load_word(column + int64_t{2 * i} * p_.hidden) : 0;
+      const uint32_t second = exists ? load_word(column + int64_t{2 * i + 1} * p_.hidden) : 0;
+      evens[i] = (first & 0xFFFFu) | second << 16;
+      odds[i] = first >> 16 | (second & 0xFFFF0000u);
+    }
+    even = uint4{evens[0], evens[1], evens[2], evens[3]};
+    odd = uint4{odds[0], odds[1], odds[2], odds[3]};
+  }
+
+  RNNLM_DEVICE void start_gradients() {
+    RNNLM_UNROLL
+    for (int pair = 0; pair < kPairs; ++pair) {
+      uint32_t dc = 0;
+      if (Unit::kHasCells && p_.grad_c_n != nullptr && holds(pair, p_.seq.batch))
+        dc = load_word(place(p_.grad_c_n, 0, 1) + offset(pair, 1, 0));
+      RNNLM_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        dc_[pair][e] = value_of<T>(dc, e);
+        product_[pair][e] = carry_[pair][e] = before_[pair][e] = 0.0f;
+      }
+    }
+  }
+
+  // --- ahead of a step
+
+  // Where the next accesses to global memory go: the gradients of a step, what is saved of one, and
+  // the state before that. These pointers move from step to step: that takes an instruction each,
+  // and working out addresses anew would take most of all instructions.
+  RNNLM_DEVICE void aim() {
+    const int64_t first = first_of(0);
+    dgates_to_ = place(p_.dgates, first, Unit::kGates);
+    saved_from_ = place(p_.saved, first, Unit::kSaved);
+    grad_output_from_ = place(p_.grad_output, first, 1);
+    const int64_t before = steps_ > 1 ? first_of(1) : 0;
+    if (Unit::kHasCells) {
+      cells_from_ = place(p_.cells, before, 1);
+    } else {
+      candidate_to_ = place(p_.candidate, first, 1);
+      output_from_ = place(p_.output, before, 1);
+    }
+  }
+  RNNLM_DEVICE int64_t distance(int rows, int rows_of_next) const {
+    return int64_t{rows_to_next(!p_.seq.reverse, rows, rows_of_next)} * p_.hidden;
+  }
+  RNNLM_DEVICE void move_stores(int rows, int rows_of_next) {
+    const int64_t by = distance(rows, rows_of_next);
+    dgates_to_ = advance(dgates_to_, by * Unit::kGates);
+    if (!Unit::kHasCells) candidate_to_ = advance(candidate_to_, by);
+  }
+  // From a step with `rows` rows to the one with `rows_of_next`, behind which `rows_of_last` come.
+  RNNLM_DEVICE void move_loads(int rows, int rows_of_next, int rows_of_last) {
+    const int64_t by = distance(rows, rows_of_next);
+    saved_from_ = advance(saved_from_, by * Unit::kSaved);
+    grad_output_from_ = advance(grad_output_from_, by);
+    const int64_t by_before = distance(rows_of_next, rows_of_last);
+    if (Unit::kHasCells)
+      cells_from_ = advance(cells_from_, by_before);
+    else
+      output_from_ = advance(output_from_, by_before);
+  }
+
+  // Asks for all of step s, which has `now` rows. `later` and `earlier` are those of its
+  // neighbours.
+  RNNLM_DEVICE void load(int s, int later, int now, int earlier) {
+    RNNLM_UNROLL
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const bool held = holds(pair, now), goes_on = batch_row(pair) < later;
+      const bool starts = batch_row(pair) >= earlier;
+      RNNLM_UNROLL
+      for (int i = 0; i < Unit::kSaved; ++i) {
+        saved_[pair][i] = held ? load_word(saved_from_ + offset(pair, Unit::kSaved, i)) : 0;
+      }
+      grad_output_[pair] =
+          held && p_.grad_output != nullptr ? load_word(grad_output_from_ + offset(pair, 1, 0)) : 0;
+      if constexpr (Unit::kHasCells) {
+        // c of this step is what the later one had as c before it, if it held the row.
+        RNNLM_UNROLL
+        for (int e = 0; e < 2; ++e) now_[pair][e] = before_[pair][e];
+        if (held && !goes_on)
+          load_floats(place(p_.cells, first_of(s), 1) + offset(pair, 1, 0), now_[pair]);
+        if (held && !starts) load_floats(cells_from_ + offset(pair, 1, 0), before_[pair]);
+        if (held && starts) {
+          const uint32_t c0 = load_word(place(p_.initial, 0, 1) + offset(pair, 1, 0));
+          RNNLM_UNROLL
+          for (int e = 0; e < 2; ++e) before_[pair][e] = value_of<T>(c0, e);
+        }
+      } else {
+        const T* from = starts ? place(p_.initial, 0, 1) : output_from_;
+        before_word_[pair] = held ? load_word(from + offset(pair, 1, 0)) : 0;
+      }
+    }
+  }
+
+  RNNLM_DEVICE void prepare() {
+    RNNLM_UNROLL
+    for (int pair = 0; pair < kPairs; ++pair) prepare(pair);
+  }
+  RNNLM_DEVICE void prepare(int pair) {
+    RNNLM_UNROLL
+    for (int e = 0; e < 2; ++e) {
+      float kept[Unit::kSaved];
+      RNNLM_UNROLL
+      for (int i = 0; i < Unit::kSaved; ++i) kept[i] = value_of<T>(saved_[pair][i], e);
+      if constexpr (Unit::kHasCells)
+        slopes_[pair][e] = Unit::prepare(kept, before_[pair][e], now_[pair][e]);
+      else
+        slopes_[pair][e] = Unit::prepare(kept, value_of<T>(before_word_[pair], e), 0.0f);
+    }
+    outer_[pair] = grad_output_[pair];
+  }
+
+  // The two warps of an SM's partition take turns: one prepares while the other multiplies.
+  RNNLM_DEVICE bool looks_ahead_first() const { return Config::kWarps > 4 && warp_ >= 4; }
+
+  // --- a step
+
+  RNNLM_DEVICE void gradients(int pair, int s, int later, int now) {
+    const bool held = holds(pair, now);
+    const uint32_t mask = held ? ~0u : 0;
+    if (p_.dh0 != nullptr && !held) store_initial(pair, later);
+    const bool goes_on = batch_row(pair) < later;
+    uint32_t last = 0;
+    if (held && !goes_on && p_.grad_h_n != nullptr)
+      last = load_word(place(p_.grad_h_n, 0, 1) + offset(pair, 1, 0));
+    float d[2][Unit::kStored];
+    RNNLM_UNROLL
+    for (int e = 0; e < 2; ++e) {
+      const float inner = goes_on ? carry_[pair][e] + product_[pair][e] : value_of<T>(last, e);
+      const float dh = inner + value_of<T>(outer_[pair], e);
+      float dc = dc_[pair][e];
+      if (Unit::kHasCells && p_.grad_cells != nullptr && held)
+        dc += place(p_.grad_cells, first_of(s), 1)[offset(pair, 1, 0) + e];
+      Unit::gradients(slopes_[pair][e], dh, carry_[pair][e], dc, d[e]);
+      // A row that has not begun waits with what it starts from.
+      dc_[pair][e] = blend(mask, dc, dc_[pair][e]);
+    }
+    RNNLM_UNROLL
+    for (int i = 0; i < Unit::kStored; ++i) words_[pair][i] = word_of<T>(d[0][i], d[1][i]) & mask;
+  }
+  RNNLM_DEVICE void reset_gradients(int pair, int now) {
+    if constexpr (Unit::kResetsBefore) {
+      const uint32_t mask = holds(pair, now) ? ~0u : 0;
+      float d[2];
+      RNNLM_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        d[e] = Unit::reset_gradient(slopes_[pair][e], product_[pair][e], carry_[pair][e]);
+      }
+      words_[pair][0] = word_of<T>(d[0], d[1]) & mask;
+    }
+  }
+  RNNLM_DEVICE void publish(int s, int gate) {
+    RNNLM_UNROLL
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const int k = gate * Config::kUnits + local_unit();
+      *reinterpret_cast<uint32_t*>(slots_ + (s & 1) * Config::kSlotBytes +
+                                   state_word(k, column(pair))) =
+          words_[pair][Unit::published(gate)];
+    }
+  }
+
+  // product_ = fragments kFirst .. kFirst + kCount - 1 of the weights times the gradients of step
+  // s, summed over the cluster in exchange n. under_way() runs once the warp's part is done.
+  template <int kFirst, int kCount, class UnderWay>
+  RNNLM_DEVICE void multiply(int s, int n, const UnderWay& under_way) {
+    // MMAs on one accumulator wait for each other: with few tiles, several sums each.
+    constexpr int kWanted = kTiles == 1 ? 3 : kTiles == 2 ? 2 : 1;
+    constexpr int kChains = kWanted < kCount ? kWanted : kCount;
+    float sums[kChains][kTiles][4];
+    RNNLM_UNROLL
+    for (int chain = 0; chain < kChains; ++chain) {
+      RNNLM_UNROLL
+      for (int tile = 0; tile < kTiles; ++tile) {
+        RNNLM_UNROLL
+        for (int i = 0; i < 4; ++i) sums[chain][tile][i] = 0.0f;
+      }
+    }
+    const unsigned char* slot =
+        slots_ + (s & 1) * Config::kSlotBytes + state_vector(lane_g(lane_), lane_t(lane_));
+    RNNLM_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      const int f = kFirst + i;
+      const uint4 d[1] = {*reinterpret_cast<const uint4*>(slot + f * kFragmentBytes)};
+      RNNLM_UNROLL
+      for (int tile = 0; tile < kTiles; ++tile) {
+        if (f < Config::kHeld)
+          Product::multiply(sums[i % kChains][tile], held_[tile][f][0], held_[tile][f][1], d);
+        else
+          Product::multiply(sums[i % kChains][tile], weights_[in_shared(tile, f, 0)],
+                            weights_[in_shared(tile, f, 1)], d);
+      }
+    }
+    RNNLM_UNROLL
+    for (int tile = 0; tile < kTiles; ++tile) {
+      RNNLM_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        RNNLM_UNROLL
+        for (int chain = 1; chain < kChains; ++chain) sums[0][tile][i] += sums[chain][tile][i];
+      }
+    }
+    if constexpr (kCtas == 1) {
+      RNNLM_UNROLL
+      for (int pair = 0; pair < kPairs; ++pair) {
+        RNNLM_UNROLL
+        for (int e = 0; e < 2; ++e) product_[pair][e] = sums[0][0][2 * e + pair];
+      }
+      under_way();
+    } else {
+      RNNLM_UNROLL
+      for (int tile = 0; tile < kTiles; ++tile) send_sums(n, tile, sums[0][tile]);
+      under_way();
+      signal_.wait(n);
+      receive_sums(n);
+    }
+  }
+
+  // --- exchange
+  //
+  // Slot n % 2: [source CTA][own tile][lane] 16 bytes, {units 2g, 2g + 1 of column 2t, then of
+  // column 2t + 1}.
+
+  RNNLM_DEVICE void prepare_to_send() {
+    RNNLM_UNROLL
+    for (int i = 0; i < kOwners; ++i) {
+      const int tile = warp_ * kTiles + i * Config::kOwnTiles, owner = tile / Config::kOwnTiles;
+      const int place = rank_ * Config::kOwnTiles + tile % Config::kOwnTiles;
+      destination_[i] = address_in_cluster(sums_ + place * Config::kTileBytes + lane_ * 16, owner);
+      counter_[i] = signal_.counter(0, static_cast<uint32_t>(owner));
+    }
+  }
+  // CTAs whose tiles a warp has.
+  static constexpr int kOwners = kTiles > Config::kOwnTiles ? kTiles / Config::kOwnTiles : 1;
+
+  RNNLM_DEVICE void send_sums(int n, int tile, const float (&d)[4]) const {
+    const uint4 v = {ptx::float_bits(d[0]), ptx::float_bits(d[2]), ptx::float_bits(d[1]),
+                     ptx::float_bits(d[3])};
+    const int owner = tile / Config::kOwnTiles, place = tile % Config::kOwnTiles;
+    send_to_cta(destination_[owner] + static_cast<uint32_t>((n & 1) * Config::kSumsBytes +
+                                                            place * Config::kTileBytes),
+                v, counter_[owner] + 8u * (static_cast<uint32_t>(n) & 1u));
+  }
+  RNNLM_DEVICE void receive_sums(int n) {
+    const unsigned char* from = sums_ + (n & 1) * Config::kSumsBytes +
+                                own_tile() * Config::kTileBytes + lane_ * 16 +
+                                warp_ / Config::kOwnTiles * 8;
+    float part[kCtas][2];
+    RNNLM_UNROLL
+    for (int cta = 0; cta < kCtas; ++cta) {
+      load_floats(
+          reinterpret_cast<const float*>(from + cta * Config::kOwnTiles * Config::kTileBytes),
+          part[cta]);
+    }
+    RNNLM_UNROLL
+    for (int e = 0; e < 2; ++e) {
+      product_[0][e] = part[0][e];
+      RNNLM_UNROLL
+      for (int cta = 1; cta < kCtas; ++cta) product_[0][e] += part[cta][e];
+    }
+  }
+
+  // --- global memory
+
+  RNNLM_DEVICE void store_results(int rows) const {
+    RNNLM_UNROLL
+    for (int pair = 0; pair < kPairs; ++pair) {
+      if (!holds(pair, rows)) continue;
+      RNNLM_UNROLL
+      for (int gate = 0; gate < Unit::kGates; ++gate)
+        store_word(dgates_to_ + offset(pair, Unit::kGates, gate), words_[pair][gate]);
+      if constexpr (!Unit::kHasCells)
+        store_word(candidate_to_ + offset(pair, 1, 0), words_[pair][3]);
+    }
+  }
+  // For a row of the step computed last, which held `rows`.
+  RNNLM_DEVICE void store_initial(int pair, int rows) const {
+    if (!holds(pair, rows)) return;
+    store_word(
+        place(p_.dh0, 0, 1) + offset(pair, 1, 0),
+        word_of<T>(carry_[pair][0] + product_[pair][0], carry_[pair][1] + product_[pair][1]));
+    if constexpr (Unit::kHasCells)
+      store_word(place(p_.dc0, 0, 1) + offset(pair, 1, 0), word_of<T>(dc_[pair][0], dc_[pair][1]));
+  }
+
+  const ClusterBackwardParams<T>& p_;
+  unsigned char* slots_;
+  uint4* weights_;  // [kInShared][kTiles][2][kThreads], from this thread's on
+  unsigned char* sums_;
+  ClusterSignal<kCtas> signal_;
+  int lane_, warp_, rank_;
+  int row_;    // the cluster's first batch row
+  int steps_;  // that hold rows of it
+  uint4 held_[kTiles][Config::kHeld][2];
+  // Of the step to come: as loaded, and prepared. before_ and now_: c of an LSTM.
+  uint32_t saved_[kPairs][Unit::kSaved], grad_output_[kPairs], before_word_[kPairs];
+  float before_[kPairs][2], now_[kPairs][2];
+  Slopes slopes_[kPairs][2];
+  uint32_t outer_[kPairs];  // grad_output
+  // Of this step: dh's parts, dc, and the gradients.
+  float product_[kPairs][2], carry_[kPairs][2], dc_[kPairs][2];
+  uint32_t words_[kPairs][Unit::kStored];
+  T *dgates_to_, *candidate_to_;
+  const T *saved_from_, *grad_output_from_, *output_from_;
+  const float* cells_from_;
+  uint32_t destination_[kOwners], counter_[kOwners];
+};
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    cluster_backward_kernel(ClusterBackwardParams<typename Config::T> params) {
+  if constexpr (Config::kCtas == 1 || kHasClusters) ClusterBackward<Config>(params).run();
+}
+
+}  // namespace rnnlm

@@ -1,0 +1,8 @@
+// The block and cluster tiers' kernels: GRU with the reset before the product, bfloat16.
+#include "launch/cluster.h"
+
+namespace rnnlm {
+
+template struct ClusterKernels<ClusterGruBefore, Bf16>;
+
+}  // namespace rnnlm

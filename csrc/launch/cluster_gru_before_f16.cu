@@ -1,0 +1,8 @@
+// The block and cluster tiers' kernels: GRU with the reset before the product, float16.
+#include "launch/cluster.h"
+
+namespace rnnlm {
+
+template struct ClusterKernels<ClusterGruBefore, F16>;
+
+}  // namespace rnnlm

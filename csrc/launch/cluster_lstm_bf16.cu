@@ -1,0 +1,8 @@
+// The block and cluster tiers' kernels: LSTM, bfloat16.
+#include "launch/cluster.h"
+
+namespace rnnlm {
+
+template struct ClusterKernels<ClusterLstm, Bf16>;
+
+}  // namespace rnnlm
