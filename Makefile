@@ -66,7 +66,7 @@ sanitize: $(VENV)/.required ## ASan and UBSan build of the native module, tests 
 	  --capture=sys -m sanitize $(CURDIR)/tests
 
 .PHONY: cuda-toolkit
-cuda-toolkit: $(if $(NVCC),,$(VENV)/cuda/.installed) ## nvcc from PyPI (107 MB), where the machine has none
+cuda-toolkit: $(if $(NVCC),,$(VENV)/cuda/.installed) ## nvcc from PyPI (102 MB), where the machine has none
 	@echo "nvcc: $(or $(NVCC),$$(echo $(VENV)/cuda/nvidia/cu*/bin/nvcc))"
 
 .PHONY: compile-check

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command of less than nine minutes: build, GPU tests, the oracle check, the benchmark
+# Everything that needs a GPU, in one command with a deadline of nine minutes: build, GPU tests, the oracle check, the benchmark
 # grid, compute-sanitizer, a profile. Needs nvcc, torch with CUDA and the packages of requirements/dev.txt that the stages
 # name when they miss them; no network.
 #
