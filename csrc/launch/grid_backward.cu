@@ -7,15 +7,8 @@
 namespace rnnlm {
 namespace {
 
-int64_t total_rows(const Sequence& seq) {
-  if (seq.batch_sizes == nullptr) return seq.steps * seq.batch;
-  int64_t rows = 0;
-  for (int64_t t = 0; t < seq.steps; ++t) rows += seq.batch_sizes[t];
-  return rows;
-}
-
 Status not_16_bits() {
-  return Status::unsupported("the grid tier's kernels are for bfloat16 and float16",
+  return Status::unsupported("the grid tier's backward kernels are for bfloat16 and float16",
                              "RNNLM_CUDA_TIER=stepwise runs any dtype");
 }
 

@@ -7,13 +7,6 @@
 namespace rnnlm {
 namespace {
 
-int64_t total_rows(const Sequence& seq) {
-  if (seq.batch_sizes == nullptr) return seq.steps * seq.batch;
-  int64_t rows = 0;
-  for (int64_t t = 0; t < seq.steps; ++t) rows += seq.batch_sizes[t];
-  return rows;
-}
-
 Status no_such_kernel() {
   return Status::unsupported(
       "the grid tier's forward kernels are for bfloat16, float16 and, where TF32 is allowed, "

@@ -43,13 +43,6 @@ DType arithmetic(DType dtype) {
   return dtype == DType::f64 ? DType::f64 : DType::f32;
 }
 
-int64_t rows_of(const Sequence& seq) {
-  if (seq.batch_sizes == nullptr) return seq.steps * seq.batch;
-  int64_t rows = 0;
-  for (int64_t t = 0; t < seq.steps; ++t) rows += seq.batch_sizes[t];
-  return rows;
-}
-
 Status check_sizes(const CudaProblem& problem) {
   const struct {
     int64_t value;
@@ -195,7 +188,7 @@ CudaProblem problem_of(const Layer& layer, const CudaCall& call, Cell cell, Pass
   problem.batch = layer.seq.batch;
   problem.hidden = layer.hidden;
   problem.proj = proj;
-  problem.rows = rows_of(layer.seq);
+  problem.rows = total_rows(layer.seq);
   problem.packed = layer.seq.batch_sizes != nullptr;
   problem.allow_tf32 = call.allow_tf32;
   return problem;

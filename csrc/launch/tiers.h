@@ -15,6 +15,14 @@ namespace rnnlm {
 // (device/exchange.h), which layers.cu zeroes before and reads after (kernels/finish.cuh).
 constexpr int64_t kAbortBytes = 256;
 
+// (step, row) pairs of a sequence: rows of every per-step tensor.
+inline int64_t total_rows(const Sequence& seq) {
+  if (seq.batch_sizes == nullptr) return seq.steps * seq.batch;
+  int64_t rows = 0;
+  for (int64_t t = 0; t < seq.steps; ++t) rows += seq.batch_sizes[t];
+  return rows;
+}
+
 // --- stepwise: one or two launches a step; any shape, any architecture ---------------------------
 
 int64_t stepwise_workspace(const CudaProblem& problem);
