@@ -34,6 +34,13 @@ def available_isas() -> tuple[str, ...]:
         return ()
     capability = torch.backends.cpu.get_cpu_capability()
     best = {"AVX512": ("avx2", "avx512"), "AVX2": ("avx2",)}.get(capability, ())
+    flags = Path("/proc/cpuinfo")
+    if "avx512" in best and flags.exists():
+        words = set(flags.read_text().split())
+        if "avx512_bf16" in words:
+            best += ("avx512bf16",)
+            # The tiles also need a kernel that lends them (5.16), which then lists them here.
+            best += ("amx",) if {"amx_bf16", "amx_tile"} <= words else ()
     return tuple(i for i in build_info()["isas"] if i == "generic" or i in best)
 
 
@@ -246,7 +253,8 @@ def kernel_results(given: Layer, *, projects: bool = False) -> dict[str, Tensor]
     if not projects:
         # One row at a time: the bits of a GEMM depend on its shape.
         rows = x.flatten(0, -2)
-        gates_x = torch.stack([(w_ih @ row) + (0 if b_ih is None else b_ih) for row in rows])
+        bias = 0 if b_ih is None or cpu.ADDS_INPUT_BIAS else b_ih
+        gates_x = torch.stack([(w_ih @ row) + bias for row in rows])
     steps, width, hidden = x.shape[:-1], h0.size(1), w_hh.size(0) // (4 if lstm else 3)
     wide = torch.empty(0, dtype=reference.state_dtype(x.dtype))
     results = {

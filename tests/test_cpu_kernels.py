@@ -29,7 +29,9 @@ from recurrence_cases import (
 )
 
 from rnnlm_kernels import check, ops
+from rnnlm_kernels.backends import cpu
 from rnnlm_kernels.bench.workload import Workload
+from rnnlm_kernels.options import RecurrenceOptions
 
 _C = pytest.importorskip("rnnlm_kernels._C")
 
@@ -308,6 +310,108 @@ def check_everything() -> None:
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set_agrees_with_the_reference(isa: str) -> None:
     run_under_isa(isa, "import test_cpu_kernels; test_cpu_kernels.check_everything()")
+
+
+# [T, B, H]: less than a tile, whole tiles, several with a rest in every direction, several groups
+# of rows; weights that are read unpacked (few products) and packed.
+BFLOAT16_SIZES = (
+    *((20, 1, 1), (20, 3, 1), (6, 64, 1), (2, 1, 7), (9, 17, 7), (5, 8, 33), (4, 64, 33)),
+    *((3, 17, 100), (12, 1, 100), (3, 3, 130), (2, 8, 130), (2, 64, 130), (3, 17, 1024)),
+)
+
+
+def check_bfloat16_errors() -> None:
+    for cell in CELLS:
+        for T, B, H in BFLOAT16_SIZES:
+            if H < 33:  # of a few numbers the rule is a matter of luck
+                assert_near_oracle(layer(cell, T, B, 11, H), torch.bfloat16)
+                continue
+            workload = Workload(cell, T, B, 11, H, dtype="bfloat16", mode="training")
+            result = check.check_problem(workload, "cpu")
+            assert result.ok, result.summary()
+        for H in (7, 33, 130):
+            lengths = (*[9] * 20, *[5] * 13, 2, 1)
+            for reverse in (False, True):
+                packed = layer(cell, lengths=lengths, H=H, reverse=reverse, scale=0.2)
+                assert_near_oracle(packed, torch.bfloat16)
+    assert_near_oracle(layer("lstm", 10, 35, H=70, proj=41, scale=0.2), torch.bfloat16)
+
+
+def check_bfloat16_bits() -> None:
+    sizes = ({"T": 9, "B": 37, "H": 130}, {"T": 3, "B": 2, "H": 1024}, {"T": 40, "B": 70, "H": 33})
+    packed = {"lengths": tuple(range(40, 3, -1)), "H": 100, "reverse": True}
+    for cell in CELLS:
+        for size in (*sizes, packed):
+            problem = layer(cell, dtype=torch.bfloat16, scale=0.1, **size)
+            torch.set_num_threads(1)
+            expected = kernel_results(problem)
+            torch.set_num_threads(2)
+            assert_same_bits(kernel_results(problem), expected)
+        # A row is the same whatever other rows share its tiles.
+        torch.set_num_threads(1)
+        some = layer(cell, 9, 37, H=70, dtype=torch.bfloat16, scale=0.1)
+        for rows in (1, 16, 19):
+            states = {
+                name: value[:rows]
+                for name in ("h0", "c0")
+                if name in some.names and (value := some.get(name)) is not None
+            }
+            few = kernel_results(some.having(x=some.get("x")[:, :rows].contiguous(), **states))
+            for name, value in kernel_results(some).items():
+                at = value[:, :rows] if value.dim() == 3 else value[:rows]
+                assert torch.equal(few[name], at), f"{cell} {name}, {rows} rows"
+
+
+def check_bfloat16_specials() -> None:
+    """NaN and infinity stay in their rows, from the step on in which they come."""
+    for cell in CELLS:
+        problem = layer(cell, 6, 20, 3, 18, dtype=torch.bfloat16)
+        x = problem.get("x").clone()
+        x[2, 17, 0], x[3, 2, 1] = math.nan, math.inf
+        output, h_n, *_ = problem.having(x=x).call(backend="cpu")
+        plain, *_ = problem.call(backend="cpu")
+        for row in range(20):
+            clean = {17: 2, 2: 3}.get(row, 6)
+            assert torch.equal(output[:clean, row], plain[:clean, row])
+        assert output[2:, 17].isnan().all()
+        assert h_n[17].isnan().all()
+        weights = problem.get("w_hh").clone()
+        weights[3, 5] = math.nan
+        assert problem.having(w_hh=weights).call(backend="cpu")[0][1:].isnan().any(-1).all()
+
+
+def check_bfloat16_functions() -> None:
+    """Sigmoid and tanh of every bfloat16, seen through float32 cell states of one LSTM step."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    exact = every.double()
+    half, opened, closed = (torch.full_like(every, v) for v in (0.0, 100.0, -100.0))
+    w_ih, w_hh, h0, c0 = (
+        torch.zeros(*s).bfloat16() for s in ((4, 4), (4, 1), (2**16, 1), (2**16, 1))
+    )
+    c0 += 1
+    output, h_n, c_n = (torch.empty(1, 2**16, 1).bfloat16() for _ in range(3))
+    cells = torch.empty(1, 2**16, 1)
+    for name, gates, expected in (
+        ("sigmoid", (closed, every, half, half), exact.sigmoid()),  # c = 0 * 0 + f * 1
+        ("tanh", (opened, closed, every, half), exact.tanh()),  # c = 1 * g + 0 * 1
+    ):
+        gates_x = torch.stack(gates, dim=1)[None].contiguous()
+        cpu.lstm_forward(
+            *(gates_x, w_ih, None, gates_x, w_hh, None, None, h0, c0, None, RecurrenceOptions()),
+            *(output, h_n, c_n, cells, None),
+        )
+        found = cells.flatten().double()
+        error = (found - expected).abs() / expected.abs().clamp(min=1e-30)
+        assert error[~every.isnan()].max() < 1e-5, f"{name}: {error[~every.isnan()].max()}"
+        assert found[every.isnan()].isnan().all()
+
+
+@pytest.mark.parametrize("isa", ["avx512bf16", "amx"])
+@pytest.mark.parametrize("property_", ["errors", "bits", "specials", "functions"])
+def test_bfloat16_in_hardware(isa: str, property_: str) -> None:
+    if isa not in ISAS:
+        pytest.skip(f"this CPU or build has no {isa}")
+    run_under_isa(isa, f"import test_cpu_kernels; test_cpu_kernels.check_bfloat16_{property_}()")
 
 
 def test_an_unknown_instruction_set_is_named_and_the_reference_steps_in() -> None:

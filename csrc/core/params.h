@@ -22,7 +22,9 @@ struct Sequence {
 };
 
 // The input projection, for the kernel to compute itself: of a few rows a GEMM call costs more than
-// the product. All null where gates_x is given.
+// the product. x and w_ih are not read where gates_x is given. The CPU kernels add b_ih in any
+// case, so that gates_x comes without it (a GEMM that starts from a bias first has to write it to
+// every row); for CUDA it is null and in gates_x.
 struct Projection {
   int64_t input;     // I
   const void* x;     // T [N, I]
@@ -35,19 +37,19 @@ struct LstmForward {
   DType dtype;
   int threads;
   Sequence seq;
-  int64_t hidden, proj;   // proj = 0: no projection
-  Projection projection;  // used where gates_x is null
-  const void* gates_x;    // T [N, 4H], x W_ih^T + b_ih
-  const void* w_hh;       // T [4H, R]
-  const void* b_hh;       // T [4H] or null
-  const void* w_hr;       // T [R, H], null without projection
-  const void* h0;         // T [B, R]
-  const void* c0;         // T [B, H]
-  void* output;           // T [N, R]
-  void* h_n;              // T [B, R]
-  void* c_n;              // T [B, H]
-  void* cells;            // A [N, H], or null: not wanted
-  void* saved;            // T [N, 4H], or null: no backward will follow
+  int64_t hidden, proj;  // proj = 0: no projection
+  Projection projection;
+  const void* gates_x;  // T [N, 4H], x W_ih^T (CUDA: + b_ih)
+  const void* w_hh;     // T [4H, R]
+  const void* b_hh;     // T [4H] or null
+  const void* w_hr;     // T [R, H], null without projection
+  const void* h0;       // T [B, R]
+  const void* c0;       // T [B, H]
+  void* output;         // T [N, R]
+  void* h_n;            // T [B, R]
+  void* c_n;            // T [B, H]
+  void* cells;          // A [N, H], or null: not wanted
+  void* saved;          // T [N, 4H], or null: no backward will follow
 };
 
 struct LstmBackward {
@@ -77,14 +79,14 @@ struct GruForward {
   Sequence seq;
   int64_t hidden;
   bool reset_before;
-  Projection projection;  // used where gates_x is null
-  const void* gates_x;    // T [N, 3H], x W_ih^T + b_ih
-  const void* w_hh;       // T [3H, H]
-  const void* b_hh;       // T [3H] or null
-  const void* h0;         // T [B, H]
-  void* output;           // T [N, H]
-  void* h_n;              // T [B, H]
-  void* saved;            // T [N, 4H] (reset after) or [N, 3H] (reset before), or null
+  Projection projection;
+  const void* gates_x;  // T [N, 3H], x W_ih^T (CUDA: + b_ih)
+  const void* w_hh;     // T [3H, H]
+  const void* b_hh;     // T [3H] or null
+  const void* h0;       // T [B, H]
+  void* output;         // T [N, H]
+  void* h_n;            // T [B, H]
+  void* saved;          // T [N, 4H] (reset after) or [N, 3H] (reset before), or null
 };
 
 struct GruBackward {
@@ -104,6 +106,28 @@ struct GruBackward {
   void* dh0;        // T [B, H], or null: not wanted
 };
 
+// Logits of some rows of a linear + cross-entropy head (one chunk): their losses and, in place, the
+// gradient of sum_i upstream_i loss_i with respect to them. V classes, A as above. With w the class
+// weights and e = label_smoothing:
+//   loss = (1 - e) w[target] (lse - x[target]) + e/V sum_c w[c] (lse - x[c]),  x = logits + bias
+// A row whose target is ignore_index has loss 0 and gradient 0, whatever its logits.
+struct CrossEntropy {
+  DType dtype;
+  int threads;
+  int64_t rows, classes;     // N, V
+  void* logits;              // T [N, V]; overwritten by the gradient where `gradient` is set
+  const void* bias;          // T [V] or null
+  const int64_t* target;     // [N], in [0, V) or ignore_index
+  const void* class_weight;  // A [V] or null: all 1
+  double class_weight_sum;   // sum of class_weight
+  int64_t ignore_index;
+  double label_smoothing;
+  const void* upstream;  // A [N] or null: all 1
+  bool gradient;         // otherwise only losses are wanted
+  void* losses;          // A [N]
+  void* bias_grad;       // A [V] or null; the gradient's column sums are added to it
+};
+
 // --- CUDA ----------------------------------------------------------------------------------------
 
 // How the layer's steps are run on a GPU (docs/architecture.md). `automatic` lets the cost model
@@ -119,7 +143,8 @@ struct CudaCall {
   void* workspace;          // device memory, aligned to 256 bytes
   int64_t workspace_bytes;  // at least what the plan asked for
   CudaTier tier;
-  bool allow_tf32;  // float32 products may be rounded to TF32
+  bool allow_tf32;     // float32 products may be rounded to TF32
+  int concurrent = 1;  // launches like this one that share the device, itself included
 };
 
 }  // namespace rnnlm

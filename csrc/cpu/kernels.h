@@ -14,6 +14,7 @@ struct Kernels {
   Result (*lstm_backward)(const LstmBackward&);
   Result (*gru_forward)(const GruForward&);
   Result (*gru_backward)(const GruBackward&);
+  Result (*cross_entropy)(const CrossEntropy&);
   // y = f(x) for n floats (f64: doubles), so that tests reach the vector math: 0 exp, 1 sigmoid,
   // 2 tanh.
   void (*elementwise)(int function, DType dtype, int64_t n, const void* x, void* y);
@@ -21,11 +22,22 @@ struct Kernels {
 
 namespace generic {
 Kernels kernels();
-}
+Result cross_entropy(const CrossEntropy&);
+}  // namespace generic
 namespace avx2 {
 Kernels kernels();
-}
+Result cross_entropy(const CrossEntropy&);
+}  // namespace avx2
 namespace avx512 {
+Kernels kernels();
+Result cross_entropy(const CrossEntropy&);
+}  // namespace avx512
+
+// bfloat16 recurrence only; the rest is AVX-512's.
+namespace avx512bf16 {
+Kernels kernels();
+}
+namespace amx {
 Kernels kernels();
 }
 

@@ -5,7 +5,14 @@
 // weights as [K][NV][kLanes], the order in which the inner loop reads them, so that a step streams
 // through memory. Every output is the same chains of fma over k in increasing order: its bits
 // depend neither on how many rows are computed together nor on which thread does it.
+//
+// bfloat16 on CPUs that multiply it (kPairs): a is bfloat16 too, and both it and a panel hold the
+// numbers of k and k + 1 side by side, as the instructions want them; panels are tiles of 32 k,
+// [K/32][NV][16][kLanes][2]. Products and sums are float32. Rows of a have room for a multiple of
+// 32 numbers, zeros beyond K.
 #pragma once
+
+#include <type_traits>
 
 #include "vec.h"
 
@@ -19,6 +26,29 @@ RNNLM_INLINE int64_t max64(int64_t a, int64_t b) {
 }
 RNNLM_INLINE int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
+}
+
+#if defined(__AVX512BF16__)
+template <class S>
+constexpr bool kPairs = std::is_same<S, bf16>::value;
+#else
+template <class S>
+constexpr bool kPairs = false;
+#endif
+
+// What the rows of a are stored in.
+template <class S>
+using Operand = std::conditional_t<kPairs<S>, S, Arithmetic<S>>;
+
+// k that one tile instruction consumes, and the multiple of which rows and panels have room for.
+constexpr int64_t kTileDepth = 32;
+constexpr int64_t kTileSize = kTileDepth * 16;  // numbers of one tile of weights: 16 units
+
+// Distance of two rows of a with room for `depth` numbers.
+template <class S>
+int64_t operand_ld(int64_t depth) {
+  const int64_t unit = kPairs<S> ? kTileDepth : kLanes<Arithmetic<S>>;
+  return ceil_div(depth, unit) * unit;
 }
 
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -90,12 +120,230 @@ void product(int rows, const T* a, int64_t lda, int64_t K, const T* panel, const
   }
 }
 
+#if defined(__AVX512BF16__)
+// --- bfloat16 in pairs ---------------------------------------------------------------------------
+
+RNNLM_INLINE Vec<float> dot_pairs(Vec<float> sum, Word a, Word b) {
+  return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+RNNLM_INLINE Word load_pairs(const bf16* p) {
+  Word v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+RNNLM_INLINE Word load_pairs(const bf16* p, int64_t n) {
+  return (Word)_mm512_maskz_loadu_epi16(n >= kTileDepth ? ~0u : (1u << n) - 1, p);
+}
+RNNLM_INLINE Word splat_pair(const bf16* p) {
+  uint32_t pair;
+  memcpy(&pair, p, sizeof pair);
+  return Word{} + pair;
+}
+
+// `chain` for pairs.
+template <int NV, int MR>
+void pair_chain(const bf16* a, int64_t lda, int64_t K, const bf16* panel, const float* base,
+                int64_t base_step, float* acc) {
+  constexpr int L = kLanes<float>;
+  Vec<float> sum[MR][NV] = {};
+  for (int64_t k = 0; k < K; k += 2) {
+    const bf16* tile = panel + k / kTileDepth * NV * kTileSize + k % kTileDepth * L;
+    Word w[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) w[v] = load_pairs(tile + v * kTileSize);
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+      const Word x = splat_pair(a + m * lda + k);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) sum[m][v] = dot_pairs(sum[m][v], x, w[v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      if (base) sum[m][v] = load(base + m * base_step + v * L) + sum[m][v];
+      store(acc + (m * NV + v) * L, sum[m][v]);
+    }
+}
+
+template <int NV, int MR = 1>
+RNNLM_INLINE void pair_chain_rows(int rows, const bf16* a, int64_t lda, int64_t K,
+                                  const bf16* panel, const float* base, int64_t base_step,
+                                  float* acc) {
+  if constexpr (MR <= max_rows(NV)) {
+    if (rows == MR) return pair_chain<NV, MR>(a, lda, K, panel, base, base_step, acc);
+    pair_chain_rows<NV, MR + 1>(rows, a, lda, K, panel, base, base_step, acc);
+  }
+}
+
+// `product` for pairs.
+template <int NV>
+void pair_product(int rows, const bf16* a, int64_t lda, int64_t K, const bf16* panel,
+                  const float* init, float* acc) {
+  constexpr int L = kLanes<float>;
+  const int groups = int(ceil_div(rows, max_rows(NV)));
+  for (int64_t k = 0; k < K; k += kChain) {
+    for (int g = 0; g < groups; ++g) {
+      const int begin = rows * g / groups, end = rows * (g + 1) / groups;
+      float* out = acc + begin * NV * L;
+      pair_chain_rows<NV>(end - begin, a + begin * lda + k, lda, min64(kChain, K - k),
+                          panel + k * NV * L, k ? out : init, k ? NV * L : 0, out);
+    }
+  }
+}
+#endif
+
+// --- tiles ---------------------------------------------------------------------------------------
+// AMX multiplies 16 rows of a by 16 units over 32 k in one instruction. Tiles 0-3 hold sums, 4 and
+// 5 rows of a, 6 and 7 weights. How many rows the first six have is a setting of the thread; groups
+// of rows are of one size, the last one overlapping its neighbour (and computing the same bits
+// again) where the number of rows is no multiple of it.
+
+#if defined(__AMX_BF16__)
+// A thread's tiles. Given back at the end: the kernel saves them at every switch of threads.
+class Tiles {
+ public:
+  Tiles() = default;
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+  ~Tiles() {
+    if (rows_) _tile_release();
+  }
+  void set_rows(int rows) {
+    if (rows == rows_) return;
+    rows_ = rows;
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {};
+    } config;
+    for (int tile = 0; tile < 8; ++tile) config.rows[tile] = uint8_t(tile < 6 ? rows : 16);
+    _tile_loadconfig(&config);
+  }
+
+ private:
+  int rows_ = 0;
+};
+
+// The tile instructions are opaque to the compiler, which must neither delay stores that they read
+// nor use what it knew of the memory that they write.
+RNNLM_INLINE void tiles_touch_memory() {
+  __asm__ volatile("" ::: "memory");
+}
+
+// Sums of one group of rows with V vectors of a panel. Steps in bytes, that of w in numbers.
+template <int V>
+void tile_product(const bf16* a, int64_t a_step, int64_t K, const bf16* w, int64_t w_step,
+                  const float* init, float* acc, int64_t acc_step) {
+  constexpr int L = kLanes<float>;
+  if (init) {
+    _tile_loadd(0, init, 0);
+    if constexpr (V > 1) _tile_loadd(1, init + L, 0);
+    if constexpr (V > 2) _tile_loadd(2, init + 2 * L, 0);
+    if constexpr (V > 3) _tile_loadd(3, init + 3 * L, 0);
+  } else {
+    _tile_zero(0);
+    if constexpr (V > 1) _tile_zero(1);
+    if constexpr (V > 2) _tile_zero(2);
+    if constexpr (V > 3) _tile_zero(3);
+  }
+  for (int64_t k = 0; k < K; k += kTileDepth) {
+    _tile_loadd(4, a + k, a_step);
+    _tile_loadd(6, w, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (V > 1) {
+      _tile_loadd(7, w + kTileSize, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (V > 2) {
+      _tile_loadd(6, w + 2 * kTileSize, 64);
+      _tile_dpbf16ps(2, 4, 6);
+    }
+    if constexpr (V > 3) {
+      _tile_loadd(7, w + 3 * kTileSize, 64);
+      _tile_dpbf16ps(3, 4, 7);
+    }
+    w += w_step;
+  }
+  _tile_stored(0, acc, acc_step);
+  if constexpr (V > 1) _tile_stored(1, acc + L, acc_step);
+  if constexpr (V > 2) _tile_stored(2, acc + 2 * L, acc_step);
+  if constexpr (V > 3) _tile_stored(3, acc + 3 * L, acc_step);
+}
+
+// The same for two groups of rows and one or two vectors: each weight that comes from the L2 cache
+// is used twice.
+template <int V>
+void tile_product_2(const bf16* a, const bf16* a2, int64_t a_step, int64_t K, const bf16* w,
+                    int64_t w_step, const float* init, float* acc, float* acc2, int64_t acc_step) {
+  constexpr int L = kLanes<float>;
+  if (init) {
+    _tile_loadd(0, init, 0);
+    _tile_loadd(1, init, 0);
+    if constexpr (V > 1) _tile_loadd(2, init + L, 0);
+    if constexpr (V > 1) _tile_loadd(3, init + L, 0);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (V > 1) _tile_zero(2);
+    if constexpr (V > 1) _tile_zero(3);
+  }
+  for (int64_t k = 0; k < K; k += kTileDepth) {
+    _tile_loadd(6, w, 64);
+    _tile_loadd(4, a + k, a_step);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, a2 + k, a_step);
+    _tile_dpbf16ps(1, 5, 6);
+    if constexpr (V > 1) {
+      _tile_loadd(7, w + kTileSize, 64);
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    w += w_step;
+  }
+  _tile_stored(0, acc, acc_step);
+  _tile_stored(1, acc2, acc_step);
+  if constexpr (V > 1) _tile_stored(2, acc + L, acc_step);
+  if constexpr (V > 1) _tile_stored(3, acc2 + L, acc_step);
+}
+
+template <int NV>
+void tiled_product(Tiles& tiles, int rows, const bf16* a, int64_t lda, int64_t K, const bf16* panel,
+                   const float* init, float* acc) {
+  constexpr int L = kLanes<float>;
+  constexpr int64_t w_step = NV * kTileSize;
+  constexpr int64_t acc_step = NV * L * int64_t(sizeof(float));
+  const int64_t a_step = lda * int64_t(sizeof(bf16));
+  const int groups = int(ceil_div(rows, 16)), size = int(ceil_div(rows, groups));
+  tiles.set_rows(size);
+  tiles_touch_memory();
+  const auto first = [&](int g) { return min64(g * size, rows - size); };
+  int g = 0;
+  for (; g + 1 < groups; g += 2) {
+    const bf16 *x = a + first(g) * lda, *x2 = a + first(g + 1) * lda;
+    float *out = acc + first(g) * NV * L, *out2 = acc + first(g + 1) * NV * L;
+    tile_product_2<2>(x, x2, a_step, K, panel, w_step, init, out, out2, acc_step);
+    if constexpr (NV > 2)
+      tile_product_2<NV - 2>(x, x2, a_step, K, panel + 2 * kTileSize, w_step,
+                             init ? init + 2 * L : nullptr, out + 2 * L, out2 + 2 * L, acc_step);
+  }
+  if (g < groups)
+    tile_product<NV>(a + first(g) * lda, a_step, K, panel, w_step, init, acc + first(g) * NV * L,
+                     acc_step);
+  tiles_touch_memory();
+}
+#else
+struct Tiles {};
+#endif
+
 // A matrix and how its outputs are cut into blocks. Vector v of block b holds the outputs of units
 // unit(b, v) .. unit(b, v) + lanes(b, v); with gates, NV = G and vector v belongs to gate v of the
 // same units; otherwise the vectors of a block are neighbours.
 template <class S>
 struct Matrix {
   using T = Arithmetic<S>;
+  using X = Operand<S>;
   static constexpr int L = kLanes<T>;
 
   const S* w = nullptr;
@@ -106,7 +354,7 @@ struct Matrix {
   int64_t units = 0;          // outputs (of one gate)
   int64_t depth = 0;          // K
   const T* bias = nullptr;    // packed [blocks][NV][L] or null
-  const T* panels = nullptr;  // packed [blocks][K][NV][L], or null: read w as it is
+  const X* panels = nullptr;  // packed [blocks][K][NV][L], or null: read w as it is
 
   int64_t block_units() const { return gates ? L : L * vectors; }
   int64_t blocks() const { return ceil_div(units, block_units()); }
@@ -116,11 +364,19 @@ struct Matrix {
   int64_t line(int64_t block, int v) const {
     return gates ? v * units + block * L : unit(block, v);
   }
-  int64_t panel_size() const { return depth * vectors * L; }
+  int64_t packed_depth() const { return kPairs<S> ? operand_ld<S>(depth) : depth; }
+  int64_t panel_size() const { return packed_depth() * vectors * L; }
   int64_t panels_size() const { return blocks() * panel_size(); }
   int64_t bias_size() const { return blocks() * vectors * L; }
 
-  void pack(int64_t block, T* panel) const {
+  void pack(int64_t block, X* panel) const {
+    if constexpr (kPairs<S>)
+      return pack_pairs(block, panel);
+    else
+      return pack_numbers(block, panel);
+  }
+
+  void pack_numbers(int64_t block, T* panel) const {
     for (int v = 0; v < vectors; ++v) {
       const int64_t n = lanes(block, v), first = line(block, v);
       T* out = panel + v * L;
@@ -140,28 +396,70 @@ struct Matrix {
     }
   }
 
-  void pack_bias(int64_t block, const S* b, T* packed) const {
-    for (int v = 0; v < vectors; ++v)
-      store(packed + v * L, load(b + line(block, v), lanes(block, v)));
-  }
-
-  // acc [rows][NV][L] for up to kRowsAtOnce rows of a.
-  void multiply(int64_t block, int rows, const T* a, int64_t lda, T* acc) const {
-    const T* init = bias ? bias + block * vectors * L : nullptr;
-    if (!panels) return multiply_unpacked(block, rows, a, lda, init, acc);
-    const T* panel = panels + block * panel_size();
-    switch (vectors) {
-      case 2:
-        return product<T, 2>(rows, a, lda, depth, panel, init, acc);
-      case 3:
-        return product<T, 3>(rows, a, lda, depth, panel, init, acc);
-      default:
-        return product<T, 4>(rows, a, lda, depth, panel, init, acc);
+  void pack_pairs(int64_t block, S* panel) const {
+    for (int64_t k0 = 0; k0 < packed_depth(); k0 += kTileDepth) {
+      const int64_t kn = min64(kTileDepth, depth - k0);
+      for (int v = 0; v < vectors; ++v, panel += kTileSize) {
+        const int64_t n = lanes(block, v), first = line(block, v);
+        if (columns) {
+          S rows[kTileDepth][L] = {};
+          for (int64_t k = 0; k < kn; ++k)
+            memcpy(rows[k], w + (k0 + k) * ld + first, size_t(n) * sizeof(S));
+          for (int64_t k = 0; k < kTileDepth; ++k)
+            for (int64_t l = 0; l < L; ++l) panel[k / 2 * 2 * L + 2 * l + k % 2] = rows[k][l];
+        } else {
+          S rows[L][kTileDepth] = {};
+          for (int64_t l = 0; l < n; ++l)
+            memcpy(rows[l], w + (first + l) * ld + k0, size_t(kn) * sizeof(S));
+          for (int64_t k = 0; k < kTileDepth; k += 2)
+            for (int64_t l = 0; l < L; ++l)
+              memcpy(panel + k * L + 2 * l, &rows[l][k], 2 * sizeof(S));
+        }
+      }
     }
   }
 
+  // The sums of two biases, either of which may be null; the second only of the first so many
+  // vectors.
+  void pack_bias(int64_t block, const S* one, const S* two, int vectors_of_two, T* packed) const {
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t first = line(block, v), n = lanes(block, v);
+      Vec<T> sum = one ? load(one + first, n) : Vec<T>{};
+      if (two && v < vectors_of_two) sum = sum + load(two + first, n);
+      store(packed + v * L, sum);
+    }
+  }
+
+  // acc [rows][NV][L] for up to kRowsAtOnce rows of a.
+  void multiply(Tiles& tiles, int64_t block, int rows, const X* a, int64_t lda, T* acc) const {
+    const T* init = bias ? bias + block * vectors * L : nullptr;
+    if (!panels) return multiply_unpacked(block, rows, a, lda, init, acc);
+    switch (vectors) {
+      case 2:
+        return multiply_packed<2>(tiles, block, rows, a, lda, init, acc);
+      case 3:
+        return multiply_packed<3>(tiles, block, rows, a, lda, init, acc);
+      default:
+        return multiply_packed<4>(tiles, block, rows, a, lda, init, acc);
+    }
+  }
+
+  template <int NV>
+  void multiply_packed([[maybe_unused]] Tiles& tiles, int64_t block, int rows, const X* a,
+                       int64_t lda, const T* init, T* acc) const {
+    const X* panel = panels + block * panel_size();
+#if defined(__AMX_BF16__)
+    if constexpr (kPairs<S>)
+      return tiled_product<NV>(tiles, rows, a, lda, packed_depth(), panel, init, acc);
+#elif defined(__AVX512BF16__)
+    if constexpr (kPairs<S>)
+      return pair_product<NV>(rows, a, lda, packed_depth(), panel, init, acc);
+#endif
+    if constexpr (!kPairs<S>) product<T, NV>(rows, a, lda, depth, panel, init, acc);
+  }
+
   // For so few rows in all that packing would cost more than it saves.
-  void multiply_unpacked(int64_t block, int rows, const T* a, int64_t lda, const T* init,
+  void multiply_unpacked(int64_t block, int rows, const X* a, int64_t lda, const T* init,
                          T* acc) const {
     for (int m = 0; m < rows; ++m) {
       for (int v = 0; v < vectors; ++v) {
@@ -176,32 +474,44 @@ struct Matrix {
     }
   }
 
+  // x[k] .. and w[k] .. of one vector's width, of the first n numbers, multiplied and added to sum.
+  static constexpr int64_t kDotStep = kPairs<S> ? kTileDepth : L;
+  static RNNLM_INLINE Vec<T> dot(const X* x, const S* w, Vec<T> sum) {
+#if defined(__AVX512BF16__)
+    if constexpr (kPairs<S>) return dot_pairs(sum, load_pairs(x), load_pairs(w));
+#endif
+    if constexpr (!kPairs<S>) return fma(load(x), load(w), sum);
+  }
+  static RNNLM_INLINE Vec<T> dot(const X* x, const S* w, int64_t n, Vec<T> sum) {
+#if defined(__AVX512BF16__)
+    if constexpr (kPairs<S>) return dot_pairs(sum, load_pairs(x, n), load_pairs(w, n));
+#endif
+    if constexpr (!kPairs<S>) return fma(load(x, n), load(w, n), sum);
+  }
+
   // Dot products along the rows of w, four at a time.
-  void add_dots(int64_t block, int v, const T* x, T* out) const {
-    const int64_t whole = depth / L * L, n = lanes(block, v);
+  void add_dots(int64_t block, int v, const X* x, T* out) const {
+    const int64_t whole = depth / kDotStep * kDotStep, n = lanes(block, v);
     const S* first = w + line(block, v) * ld;
     for (int64_t l = 0; l < n; l += 4) {
-      Vec<T> dot[4] = {};
+      Vec<T> dots[4] = {};
       const S* row[4];
       for (int j = 0; j < 4; ++j) row[j] = first + min64(l + j, n - 1) * ld;
-      for (int64_t k = 0; k < whole; k += L) {
-        const Vec<T> xk = load(x + k);
-        for (int j = 0; j < 4; ++j) dot[j] = fma(xk, load(row[j] + k), dot[j]);
-      }
-      if (whole < depth) {
-        const Vec<T> xk = load(x + whole, depth - whole);
-        for (int j = 0; j < 4; ++j) dot[j] = fma(xk, load(row[j] + whole, depth - whole), dot[j]);
-      }
-      for (int j = 0; j < 4 && l + j < n; ++j) out[l + j] += sum<T>(dot[j]);
+      for (int64_t k = 0; k < whole; k += kDotStep)
+        for (int j = 0; j < 4; ++j) dots[j] = dot(x + k, row[j] + k, dots[j]);
+      if (whole < depth)
+        for (int j = 0; j < 4; ++j)
+          dots[j] = dot(x + whole, row[j] + whole, depth - whole, dots[j]);
+      for (int j = 0; j < 4 && l + j < n; ++j) out[l + j] += sum<T>(dots[j]);
     }
   }
 
   // Multiples of the rows of w, in the order of `chain`.
-  void add_columns(int64_t block, const T* x, T* out) const {
+  void add_columns(int64_t block, const X* x, T* out) const {
     for (int64_t k0 = 0; k0 < depth; k0 += kChain) {
       Vec<T> sums[kMaxVectors] = {};
       for (int64_t k = k0; k < min64(k0 + kChain, depth); ++k) {
-        const Vec<T> xk = splat(x[k]);
+        const Vec<T> xk = splat(to_arithmetic(x[k]));
         const S* row = w + k * ld + line(block, 0);
         for (int v = 0; v < vectors; ++v)
           sums[v] = fma(xk, load(row + v * L, lanes(block, v)), sums[v]);

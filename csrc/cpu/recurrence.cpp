@@ -12,6 +12,9 @@
 // Rows of different lengths: rows are sorted by length, so step t is rows 0 .. rows(t). A row that
 // is not in a step is not touched: cost is proportional to the valid steps.
 //
+// What a product reads (h, and backward the gradients of the gates) is stored as the product wants
+// it, bfloat16 where the CPU multiplies that (product.h); c and a GRU's own h stay float32.
+//
 // Arithmetic per element is the same for any number of threads, so results are the same bits.
 // Backward runs one iteration more than there are steps, for dh0 and dc0, unless nobody wants them.
 
@@ -67,6 +70,13 @@ class Steps {
   // The step that the s-th iteration of forward (backward) computes.
   int64_t forward_step(int64_t s) const { return seq_.reverse ? seq_.steps - 1 - s : s; }
   int64_t backward_step(int64_t s) const { return seq_.reverse ? s : seq_.steps - 1 - s; }
+  // How far ahead of iteration s the rows of the next one lie.
+  int64_t ahead_in_forward(int64_t s) const {
+    return s + 1 < seq_.steps ? start(forward_step(s + 1)) - start(forward_step(s)) : 0;
+  }
+  int64_t ahead_in_backward(int64_t s) const {
+    return s + 1 < seq_.steps ? start(backward_step(s + 1)) - start(backward_step(s)) : 0;
+  }
   // Rows from this one on have their last forward step at iteration s.
   int64_t first_ending_row(int64_t s) const {
     if (s + 1 == seq_.steps) return 0;
@@ -127,6 +137,14 @@ Range clip(Range range, int64_t begin, int64_t end) {
   return {begin, max64(begin, min64(range.end, end))};
 }
 
+// Asks for some pieces of a row that will be read a step later. The pieces of one block of units
+// are too far apart for the CPU to guess the next.
+template <int count>
+RNNLM_INLINE void prefetch(const void* row, int64_t bytes_apart) {
+  for (int i = 0; i < count; ++i)
+    __builtin_prefetch(static_cast<const char*>(row) + i * bytes_apart);
+}
+
 // A thread's place in its team.
 struct Place {
   int thread, threads;
@@ -135,6 +153,7 @@ struct Place {
   int unit_group;
   Barrier* all;
   Barrier* rows_barrier;
+  Tiles* tiles;
 
   bool idle() const { return thread >= split.threads(); }
   Range blocks(int64_t count) const { return share(count, unit_group, split.unit_groups); }
@@ -143,30 +162,67 @@ struct Place {
   void meet_rows() const { rows_barrier->wait(split.unit_groups); }
 };
 
-// Computes M's outputs for a range of rows, block by block, and hands each row's piece to f(row,
-// unit, lanes, accumulators of the block's vectors): once a block for gates, once a vector else.
+// Rows whose sums are computed before they are looked at: of nearly the same number of tiles each.
+template <class S>
+int64_t rows_at_once(int64_t rows) {
+  if (!kPairs<S> || rows <= kRowsAtOnce) return kRowsAtOnce;
+  return ceil_div(ceil_div(rows, ceil_div(rows, kRowsAtOnce)), 16) * 16;
+}
+
+// Computes M's outputs for a range of rows, block of units by block, some rows at once: f(block,
+// first row, rows, acc), acc [rows][NV][kLanes]. Every other step goes through the blocks
+// backwards: where the weights do not fit the cache, the step then begins with those that the last
+// one left there.
 template <class S, class F>
-RNNLM_INLINE void for_each_output(const Matrix<S>& m, const Place& place, Range rows,
-                                  const Arithmetic<S>* a, int64_t lda, F f) {
+RNNLM_INLINE void for_each_piece(const Matrix<S>& m, const Place& place, Range rows, bool backwards,
+                                 const Operand<S>* a, int64_t lda, F f) {
   using T = Arithmetic<S>;
-  constexpr int L = kLanes<T>;
-  alignas(64) T acc[kRowsAtOnce * kMaxVectors * L];
+  alignas(64) T acc[kRowsAtOnce * kMaxVectors * kLanes<T>];
   const Range blocks = place.blocks(m.blocks());
-  for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-    for (int64_t row = rows.begin; row < rows.end; row += kRowsAtOnce) {
-      const int count = int(min64(kRowsAtOnce, rows.end - row));
-      m.multiply(block, count, a + row * lda, lda, acc);
-      for (int i = 0; i < count; ++i) {
-        const T* sums = acc + i * m.vectors * L;
-        if (m.gates) {
-          f(row + i, m.unit(block, 0), m.lanes(block, 0), sums);
-        } else {
-          for (int v = 0; v < m.vectors && m.lanes(block, v) > 0; ++v)
-            f(row + i, m.unit(block, v), m.lanes(block, v), sums + v * L);
-        }
-      }
+  const int64_t at_once = rows_at_once<S>(rows.end - rows.begin);
+  for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+    const int64_t block = backwards ? blocks.begin + blocks.end - 1 - b : b;
+    for (int64_t row = rows.begin; row < rows.end; row += at_once) {
+      const int count = int(min64(at_once, rows.end - row));
+      m.multiply(*place.tiles, block, count, a + row * lda, lda, acc);
+      f(block, row, count, acc);
     }
   }
+}
+
+// Where vectors are gates of the same units: f(row, unit, lanes, sums of the gates), where sums may
+// be written. `then` is called in the same way once f has seen all rows of the piece: a chain of
+// operations longer than the CPU looks ahead is best cut in two.
+template <class S, class F, class Then>
+RNNLM_INLINE void for_each_gates(const Matrix<S>& m, const Place& place, Range rows, bool backwards,
+                                 const Operand<S>* a, int64_t lda, F f, Then then) {
+  using T = Arithmetic<S>;
+  for_each_piece(m, place, rows, backwards, a, lda,
+                 [&](int64_t block, int64_t row, int count, T* acc) {
+                   const int64_t unit = m.unit(block, 0), lanes = m.lanes(block, 0);
+                   const int64_t step = m.vectors * kLanes<T>;
+                   for (int i = 0; i < count; ++i) f(row + i, unit, lanes, acc + i * step);
+                   for (int i = 0; i < count; ++i) then(row + i, unit, lanes, acc + i * step);
+                 });
+}
+template <class S, class F>
+RNNLM_INLINE void for_each_gates(const Matrix<S>& m, const Place& place, Range rows, bool backwards,
+                                 const Operand<S>* a, int64_t lda, F f) {
+  for_each_gates(m, place, rows, backwards, a, lda, f,
+                 [](int64_t, int64_t, int64_t, const Arithmetic<S>*) {});
+}
+
+// Where the vectors of a block are neighbours: f(row, unit, lanes, sums) for each.
+template <class S, class F>
+RNNLM_INLINE void for_each_output(const Matrix<S>& m, const Place& place, Range rows,
+                                  bool backwards, const Operand<S>* a, int64_t lda, F f) {
+  using T = Arithmetic<S>;
+  for_each_piece(
+      m, place, rows, backwards, a, lda, [&](int64_t block, int64_t row, int count, const T* acc) {
+        for (int i = 0; i < count; ++i)
+          for (int v = 0; v < m.vectors && m.lanes(block, v) > 0; ++v)
+            f(row + i, m.unit(block, v), m.lanes(block, v), acc + (i * m.vectors + v) * kLanes<T>);
+      });
 }
 
 // The same walk over units and rows without a product: f(row, unit, lanes).
@@ -183,14 +239,20 @@ RNNLM_INLINE void for_each_unit(const Matrix<S>& m, const Place& place, Range ro
 template <class S>
 struct Weights : Matrix<S> {
   using T = Arithmetic<S>;
-  T* panel_space = nullptr;
+  using X = Operand<S>;
+  X* panel_space = nullptr;
   T* bias_space = nullptr;
-  const S* raw_bias = nullptr;
+  const S *raw_bias = nullptr, *second_bias = nullptr;
+  int second_vectors = 0;
 
-  void reserve(Arena& arena, bool pack, const void* bias_tensor) {
-    raw_bias = static_cast<const S*>(bias_tensor);
-    if (pack) this->panels = panel_space = arena.take<T>(this->panels_size());
-    if (raw_bias) this->bias = bias_space = arena.take<T>(this->bias_size());
+  // Sums start from `bias`, and those of the first `vectors_of_second` gates also from `second`.
+  void reserve(Arena& arena, bool pack, const void* bias, const void* second = nullptr,
+               int vectors_of_second = kMaxVectors) {
+    raw_bias = static_cast<const S*>(bias);
+    second_bias = static_cast<const S*>(second);
+    second_vectors = vectors_of_second;
+    if (pack) this->panels = panel_space = arena.take<X>(this->panels_size());
+    if (bias || second) this->bias = bias_space = arena.take<T>(this->bias_size());
   }
   // Blocks that this thread uses when units are split, an equal share when rows are.
   void pack(const Place& place) {
@@ -198,11 +260,10 @@ struct Weights : Matrix<S> {
                                                      : place.everything(this->blocks());
     for (int64_t b = blocks.begin; b < blocks.end; ++b) {
       if (panel_space) Matrix<S>::pack(b, panel_space + b * this->panel_size());
-      pack_bias_if_any(b);
+      if (bias_space)
+        this->pack_bias(b, raw_bias, second_bias, second_vectors,
+                        bias_space + b * this->vectors * kLanes<T>);
     }
-  }
-  void pack_bias_if_any(int64_t b) {
-    if (bias_space) this->pack_bias(b, raw_bias, bias_space + b * this->vectors * kLanes<T>);
   }
 };
 
@@ -278,6 +339,8 @@ Result run(const Params& params) {
         place.rows = share(c.task.steps.batch(), row_group, place.split.row_groups);
         place.all = c.barriers;
         place.rows_barrier = c.barriers + 1 + row_group;
+        Tiles tiles;
+        place.tiles = &tiles;
         c.task.run(place);
       },
       &context);
@@ -294,6 +357,26 @@ void copy_rows(const void* tensor, int64_t width, Range rows, Arithmetic<S>* out
       store(out + row * ld + u, in ? load(in + row * width + u, width - u) : Vec<Arithmetic<S>>{});
 }
 
+// The rows of a product's operand, of the same values. Room that they do not fill is zero in pairs,
+// where products read it.
+template <class S>
+void clear_operand(Range rows, Operand<S>* out, int64_t ld) {
+  if (kPairs<S>)
+    memset(static_cast<void*>(out + rows.begin * ld), 0,
+           size_t((rows.end - rows.begin) * ld) * sizeof(*out));
+}
+template <class S>
+void copy_operand(const void* tensor, int64_t width, Range rows, Operand<S>* out, int64_t ld) {
+  if constexpr (kPairs<S>) {
+    clear_operand<S>(rows, out, ld);
+    for (int64_t row = rows.begin; row < rows.end; ++row)
+      memcpy(out + row * ld, static_cast<const S*>(tensor) + row * width,
+             size_t(width) * sizeof(S));
+  } else {
+    copy_rows<S>(tensor, width, rows, out, ld);
+  }
+}
+
 // Rows of all steps together.
 int64_t total_rows(const Sequence& seq) {
   if (!seq.batch_sizes) return seq.steps * seq.batch;
@@ -302,10 +385,12 @@ int64_t total_rows(const Sequence& seq) {
   return total;
 }
 
-// The input part of the gates [N, G*H]: given, or computed here for a few rows.
+// The input part of the gates [N, G*H] without its bias, which the recurrent product starts from:
+// given, or computed here for a few rows.
 template <class S>
 class InputGates {
   using T = Arithmetic<S>;
+  using X = Operand<S>;
 
  public:
   InputGates(const void* given, const Projection& p, int64_t width, const Sequence& seq,
@@ -315,10 +400,10 @@ class InputGates {
     x_ = static_cast<const S*>(p.x);
     rows_ = total_rows(seq);
     ld_ = p.input;
-    weights_.reserve(arena, false, p.b_ih);
-    if (sizeof(S) != sizeof(T)) {
-      ld_ = ceil_div(p.input, kLanes<T>) * kLanes<T>;
-      copy_ = arena.take<T>(rows_ * ld_);
+    weights_.reserve(arena, false, nullptr);
+    if (sizeof(S) != sizeof(X)) {
+      ld_ = operand_ld<S>(p.input);
+      copy_ = arena.take<X>(rows_ * ld_);
     }
     gates_ = computed_ = arena.take<S>(rows_ * width);
   }
@@ -328,20 +413,19 @@ class InputGates {
   // Each thread computes a share of the units; the caller lets all meet before they are read.
   void compute(const Place& place) {
     if (!computed_) return;
-    const T* x;
-    if constexpr (sizeof(S) == sizeof(T)) {
+    const X* x;
+    if constexpr (sizeof(S) == sizeof(X)) {
       x = x_;
     } else {
-      if (place.thread == 0) copy_rows<S>(x_, weights_.depth, {0, rows_}, copy_, ld_);
+      if (place.thread == 0) copy_operand<S>(x_, weights_.depth, {0, rows_}, copy_, ld_);
       place.meet_all();
       x = copy_;
     }
     const Range blocks = place.everything(weights_.blocks());
     alignas(64) T sums[kMaxVectors * kLanes<T>];
     for (int64_t b = blocks.begin; b < blocks.end; ++b) {
-      weights_.pack_bias_if_any(b);
       for (int64_t row = 0; row < rows_; ++row) {
-        weights_.multiply(b, 1, x + row * ld_, ld_, sums);
+        weights_.multiply(*place.tiles, b, 1, x + row * ld_, ld_, sums);
         for (int v = 0; v < weights_.vectors && weights_.lanes(b, v) > 0; ++v)
           store(computed_ + row * weights_.units + weights_.unit(b, v), load(sums + v * kLanes<T>),
                 weights_.lanes(b, v));
@@ -350,12 +434,16 @@ class InputGates {
   }
 
   const S* at(int64_t index) const { return gates_ + index * weights_.units; }
+  template <int gates>
+  RNNLM_INLINE void prefetch(int64_t index, int64_t unit, int64_t hidden) const {
+    RNNLM_ISA::prefetch<gates>(at(index) + unit, hidden * int64_t(sizeof(S)));
+  }
 
  private:
   const S* gates_;
   Weights<S> weights_;
   const S* x_ = nullptr;
-  T* copy_ = nullptr;  // x in arithmetic dtype
+  X* copy_ = nullptr;  // x as the product wants it
   S* computed_ = nullptr;
   int64_t rows_ = 0, ld_ = 0;
 };
@@ -366,10 +454,19 @@ class InputGates {
 template <class S>
 constexpr bool kSavesPreactivations = sizeof(S) == 2;
 
+#if defined(__AVX512BF16__)
+template <class S>
+using MathOf = std::conditional_t<kPairs<S>, BriefMath, Math<Arithmetic<S>>>;
+#else
+template <class S>
+using MathOf = Math<Arithmetic<S>>;
+#endif
+
 template <class S>
 class LstmForwardTask {
   using T = Arithmetic<S>;
-  using M = Math<T>;
+  using X = Operand<S>;
+  using M = MathOf<S>;
   using V = Vec<T>;
   static constexpr int L = kLanes<T>;
 
@@ -380,23 +477,23 @@ class LstmForwardTask {
       : steps(p.seq, arena),
         p_(p),
         width_(p.proj ? p.proj : p.hidden),
-        h_ld_(ceil_div(width_, L) * L),
-        c_ld_(ceil_div(p.hidden, L) * L),
+        h_ld_(operand_ld<S>(width_)),
+        c_ld_(operand_ld<S>(p.hidden)),
         input_(p.gates_x, p.projection, 4 * p.hidden, p.seq, arena),
         gates_(gate_rows<S>(p.w_hh, p.hidden, width_, 4)),
         project_(plain_rows<S>(p.w_hr, p.proj, p.hidden)) {
     const bool pack = worth_packing(p.seq);
-    gates_.reserve(arena, pack, p.b_hh);
+    gates_.reserve(arena, pack, p.b_hh, p.projection.b_ih);
     if (p.proj) project_.reserve(arena, pack, nullptr);
-    for (T*& h : h_) h = arena.take<T>(p.seq.batch * h_ld_);
+    for (X*& h : h_) h = arena.take<X>(p.seq.batch * h_ld_);
     c_ = arena.take<T>(p.seq.batch * c_ld_);
-    if (p.proj) unprojected_ = arena.take<T>(p.seq.batch * c_ld_);
+    if (p.proj) unprojected_ = arena.take<X>(p.seq.batch * c_ld_);
   }
 
   Split split() const {
     const int64_t weights = 4 * p_.hidden * width_ + p_.proj * p_.hidden;
     return choose_split(p_.threads, p_.seq.steps, p_.seq.batch, weights,
-                        weights * int64_t(sizeof(T)), input_.work());
+                        weights * int64_t(sizeof(X)), input_.work());
   }
 
   void run(const Place& place) {
@@ -404,22 +501,29 @@ class LstmForwardTask {
     gates_.pack(place);
     if (p_.proj) project_.pack(place);
     const Range mine = place.everything(steps.batch());
-    for (T* h : h_) copy_rows<S>(p_.h0, width_, mine, h, h_ld_);
+    for (X* h : h_) copy_operand<S>(p_.h0, width_, mine, h, h_ld_);
+    if (p_.proj) clear_operand<S>(mine, unprojected_, c_ld_);
     copy_rows<S>(p_.c0, p_.hidden, mine, c_, c_ld_);
     place.meet_all();
     for (int64_t s = 0; s < steps.count(); ++s) {
-      const int64_t t = steps.forward_step(s);
+      const int64_t t = steps.forward_step(s), ahead = steps.ahead_in_forward(s);
       const Range rows = clip(place.rows, 0, steps.rows(t));
       const int64_t ending = steps.first_ending_row(s);
-      const T* h_in = h_[s & 1];
-      T* h_out = h_[(s + 1) & 1];
-      for_each_output(gates_, place, rows, h_in, h_ld_,
-                      [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
-                        step(steps.start(t) + row, row, unit, lanes, sums, row >= ending, h_out);
-                      });
+      const X* h_in = h_[s & 1];
+      X* h_out = h_[(s + 1) & 1];
+      for_each_gates(
+          gates_, place, rows, s & 1, h_in, h_ld_,
+          [&](int64_t row, int64_t unit, int64_t lanes, T* sums) {
+            const int64_t index = steps.start(t) + row;
+            input_.template prefetch<4>(index + ahead, unit, p_.hidden);
+            update_c(index, row, unit, lanes, sums);
+          },
+          [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
+            update_h(steps.start(t) + row, row, unit, lanes, load(sums), row >= ending, h_out);
+          });
       place.meet_rows();
       if (!p_.proj) continue;
-      for_each_output(project_, place, rows, unprojected_, c_ld_,
+      for_each_output(project_, place, rows, s & 1, unprojected_, c_ld_,
                       [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
                         emit_h(steps.start(t) + row, row, unit, lanes, load(sums), row >= ending,
                                h_out);
@@ -429,37 +533,42 @@ class LstmForwardTask {
   }
 
  private:
-  RNNLM_INLINE void step(int64_t index, int64_t row, int64_t unit, int64_t lanes, const T* sums,
-                         bool ending, T* h_out) {
+  // From the sums of the product to the new c; leaves the output gate in their place.
+  RNNLM_INLINE void update_c(int64_t index, int64_t row, int64_t unit, int64_t lanes, T* sums) {
     const int64_t H = p_.hidden;
     const S* x = input_.at(index) + unit;
     const LstmGates<V> pre = {load(sums) + load(x, lanes), load(sums + L) + load(x + H, lanes),
                               load(sums + 2 * L) + load(x + 2 * H, lanes),
                               load(sums + 3 * L) + load(x + 3 * H, lanes)};
     const LstmGates<V> y = lstm_activate<M>(pre);
-    V c = load(c_ + row * c_ld_ + unit);
-    const V h = lstm_forward<M>(y, c);
-    store(c_ + row * c_ld_ + unit, c);
-    if (p_.saved) {
-      const LstmGates<V>& kept = kSavesPreactivations<S> ? pre : y;
-      S* saved = static_cast<S*>(p_.saved) + index * 4 * H + unit;
-      store(saved, kept.i, lanes);
-      store(saved + H, kept.f, lanes);
-      store(saved + 2 * H, kept.g, lanes);
-      store(saved + 3 * H, kept.o, lanes);
-    }
+    T* c = c_ + row * c_ld_ + unit;
+    store(c, lstm_cell<M>(y, load(c)));
+    store(sums, y.o);
+    if (!p_.saved) return;
+    const LstmGates<V>& kept = kSavesPreactivations<S> ? pre : y;
+    S* saved = static_cast<S*>(p_.saved) + index * 4 * H + unit;
+    store_flushing(saved, kept.i, lanes);
+    store_flushing(saved + H, kept.f, lanes);
+    store_flushing(saved + 2 * H, kept.g, lanes);
+    store_flushing(saved + 3 * H, kept.o, lanes);
+  }
+
+  RNNLM_INLINE void update_h(int64_t index, int64_t row, int64_t unit, int64_t lanes, V o,
+                             bool ending, X* h_out) {
+    const int64_t H = p_.hidden;
+    const V c = load(c_ + row * c_ld_ + unit);
     if (p_.cells) store(static_cast<T*>(p_.cells) + index * H + unit, c, lanes);
     if (ending) store(static_cast<S*>(p_.c_n) + row * H + unit, c, lanes);
-    if (p_.proj) {
-      store(unprojected_ + row * c_ld_ + unit, h);
-    } else {
+    const V h = lstm_hidden<M>(o, c);
+    if (p_.proj)
+      store_flushing(unprojected_ + row * c_ld_ + unit, h, L);
+    else
       emit_h(index, row, unit, lanes, h, ending, h_out);
-    }
   }
 
   RNNLM_INLINE void emit_h(int64_t index, int64_t row, int64_t unit, int64_t lanes, V h,
-                           bool ending, T* h_out) {
-    store(h_out + row * h_ld_ + unit, h);
+                           bool ending, X* h_out) {
+    store_flushing(h_out + row * h_ld_ + unit, h, L);
     store(static_cast<S*>(p_.output) + index * width_ + unit, h, lanes);
     if (ending) store(static_cast<S*>(p_.h_n) + row * width_ + unit, h, lanes);
   }
@@ -468,15 +577,16 @@ class LstmForwardTask {
   int64_t width_, h_ld_, c_ld_;
   InputGates<S> input_;
   Weights<S> gates_, project_;
-  T* h_[2];
+  X* h_[2];
   T* c_;
-  T* unprojected_ = nullptr;  // [B, H]: h of this step before the projection
+  X* unprojected_ = nullptr;  // [B, H]: h of this step before the projection
 };
 
 template <class S>
 class LstmBackwardTask {
   using T = Arithmetic<S>;
-  using M = Math<T>;
+  using X = Operand<S>;
+  using M = MathOf<S>;
   using V = Vec<T>;
   static constexpr int L = kLanes<T>;
 
@@ -488,29 +598,32 @@ class LstmBackwardTask {
         p_(p),
         wants_initial_(p.dh0 != nullptr),
         width_(p.proj ? p.proj : p.hidden),
-        gate_ld_(4 * p.hidden),
+        gate_ld_(operand_ld<S>(4 * p.hidden)),
         c_ld_(ceil_div(p.hidden, L) * L),
-        r_ld_(ceil_div(width_, L) * L),
+        r_ld_(operand_ld<S>(width_)),
         recurrent_(columns<S>(p.w_hh, width_, 4 * p.hidden)),
         unproject_(columns<S>(p.w_hr, p.hidden, p.proj)) {
     const bool pack = worth_packing(p.seq);
     recurrent_.reserve(arena, pack, nullptr);
     if (p.proj) unproject_.reserve(arena, pack, nullptr);
-    for (T*& d : dgates_) d = arena.take<T>(p.seq.batch * gate_ld_);
+    for (X*& d : dgates_) d = arena.take<X>(p.seq.batch * gate_ld_);
     dc_ = arena.take<T>(p.seq.batch * c_ld_);
-    if (p.proj) dr_ = arena.take<T>(p.seq.batch * r_ld_);
+    if (p.proj) dr_ = arena.take<X>(p.seq.batch * r_ld_);
   }
 
   Split split() const {
     const int64_t weights = 4 * p_.hidden * width_ + p_.proj * p_.hidden;
     return choose_split(p_.threads, p_.seq.steps, p_.seq.batch, weights,
-                        weights * int64_t(sizeof(T)));
+                        weights * int64_t(sizeof(X)));
   }
 
   void run(const Place& place) {
     recurrent_.pack(place);
     if (p_.proj) unproject_.pack(place);
-    copy_rows<S>(p_.grad_c_n, p_.hidden, place.everything(steps.batch()), dc_, c_ld_);
+    const Range mine = place.everything(steps.batch());
+    copy_rows<S>(p_.grad_c_n, p_.hidden, mine, dc_, c_ld_);
+    for (X* d : dgates_) clear_operand<S>(mine, d, gate_ld_);
+    if (p_.proj) clear_operand<S>(mine, dr_, r_ld_);
     place.meet_all();
     int64_t next_rows = 0;  // rows of the step that forward took after this one
     for (int64_t s = 0; s <= steps.count(); ++s) {
@@ -518,18 +631,19 @@ class LstmBackwardTask {
       const bool last = s == steps.count();
       if (last && !wants_initial_) break;
       const int64_t t = last ? 0 : steps.backward_step(s);
-      const int64_t rows = last ? 0 : steps.rows(t);
-      const T* next = dgates_[s & 1];
-      T* own = dgates_[(s + 1) & 1];
+      const int64_t rows = last ? 0 : steps.rows(t), ahead = steps.ahead_in_backward(s);
+      const X* next = dgates_[s & 1];
+      X* own = dgates_[(s + 1) & 1];
 
       const auto arrive = [&](int64_t row, int64_t unit, int64_t lanes, V dh) {
+        prefetch_inputs(steps.start(t) + row + ahead, unit);
         if (p_.proj)
           gather_projected(steps.start(t) + row, row, unit, lanes, dh);
         else
           step(t, row, unit, lanes, with_grad_output(steps.start(t) + row, unit, lanes, dh), own);
       };
       // Rows that forward took on to another step.
-      for_each_output(recurrent_, place, clip(place.rows, 0, min64(rows, next_rows)), next,
+      for_each_output(recurrent_, place, clip(place.rows, 0, min64(rows, next_rows)), s & 1, next,
                       gate_ld_, [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
                         arrive(row, unit, lanes, load(sums));
                       });
@@ -540,7 +654,7 @@ class LstmBackwardTask {
                     });
       // Rows whose first step was the one before: what is left belongs to the initial state.
       const Range done = wants_initial_ ? clip(place.rows, rows, next_rows) : Range{0, 0};
-      for_each_output(recurrent_, place, done, next, gate_ld_,
+      for_each_output(recurrent_, place, done, s & 1, next, gate_ld_,
                       [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
                         store(static_cast<S*>(p_.dh0) + row * width_ + unit, load(sums), lanes);
                       });
@@ -551,7 +665,7 @@ class LstmBackwardTask {
       });
       if (p_.proj) {
         place.meet_rows();
-        for_each_output(unproject_, place, clip(place.rows, 0, rows), dr_, r_ld_,
+        for_each_output(unproject_, place, clip(place.rows, 0, rows), s & 1, dr_, r_ld_,
                         [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
                           step(t, row, unit, lanes, load(sums), own);
                         });
@@ -562,6 +676,13 @@ class LstmBackwardTask {
   }
 
  private:
+  RNNLM_INLINE void prefetch_inputs(int64_t index, int64_t unit) const {
+    const int64_t H = p_.hidden;
+    prefetch<4>(static_cast<const S*>(p_.saved) + index * 4 * H + unit, H * int64_t(sizeof(S)));
+    prefetch<1>(static_cast<const T*>(p_.cells) + index * H + unit, 0);
+    if (p_.grad_output && !p_.proj)
+      prefetch<1>(static_cast<const S*>(p_.grad_output) + index * H + unit, 0);
+  }
   V grad_h_n(int64_t row, int64_t unit, int64_t lanes) const {
     const S* grad = static_cast<const S*>(p_.grad_h_n);
     return grad ? load(grad + row * width_ + unit, lanes) : V{};
@@ -572,11 +693,11 @@ class LstmBackwardTask {
   }
   void gather_projected(int64_t index, int64_t row, int64_t unit, int64_t lanes, V dh) {
     dh = with_grad_output(index, unit, lanes, dh);
-    store(dr_ + row * r_ld_ + unit, dh);
+    store_flushing(dr_ + row * r_ld_ + unit, dh, L);
     store(static_cast<S*>(p_.dproj) + index * width_ + unit, dh, lanes);
   }
 
-  RNNLM_INLINE void step(int64_t t, int64_t row, int64_t unit, int64_t lanes, V dh, T* own) {
+  RNNLM_INLINE void step(int64_t t, int64_t row, int64_t unit, int64_t lanes, V dh, X* own) {
     const int64_t H = p_.hidden, index = steps.start(t) + row;
     const S* saved = static_cast<const S*>(p_.saved) + index * 4 * H + unit;
     LstmGates<V> y = {load(saved, lanes), load(saved + H, lanes), load(saved + 2 * H, lanes),
@@ -593,12 +714,12 @@ class LstmBackwardTask {
     const LstmGates<V> d = lstm_backward<M>(y, c_prev, c, dh, dc);
     store(dc_ + row * c_ld_ + unit, dc);
     if (p_.proj) store(static_cast<S*>(p_.unprojected) + index * H + unit, y.o * M::tanh(c), lanes);
-    T* scratch = own + row * gate_ld_ + unit;
+    X* scratch = own + row * gate_ld_ + unit;
     S* out = static_cast<S*>(p_.dgates) + index * 4 * H + unit;
     const V values[4] = {d.i, d.f, d.g, d.o};
     for (int g = 0; g < 4; ++g) {
-      store(scratch + g * H, values[g], lanes);
-      store(out + g * H, values[g], lanes);
+      store_flushing(scratch + g * H, values[g], lanes);
+      store_flushing(out + g * H, values[g], lanes);
     }
   }
 
@@ -606,9 +727,9 @@ class LstmBackwardTask {
   bool wants_initial_;  // dh0 and dc0: with truncated backpropagation nobody asks
   int64_t width_, gate_ld_, c_ld_, r_ld_;
   Weights<S> recurrent_, unproject_;
-  T* dgates_[2];  // [B, 4H] of the step that forward took next, and of this one
+  X* dgates_[2];  // [B, 4H] of the step that forward took next, and of this one
   T* dc_;
-  T* dr_ = nullptr;  // [B, R]: gradient of this step's projected h
+  X* dr_ = nullptr;  // [B, R]: gradient of this step's projected h
 };
 
 // --- GRU -----------------------------------------------------------------------------------------
@@ -616,7 +737,8 @@ class LstmBackwardTask {
 template <class S>
 class GruForwardTask {
   using T = Arithmetic<S>;
-  using M = Math<T>;
+  using X = Operand<S>;
+  using M = MathOf<S>;
   using V = Vec<T>;
   static constexpr int L = kLanes<T>;
 
@@ -626,26 +748,32 @@ class GruForwardTask {
   GruForwardTask(const GruForward& p, Arena& arena)
       : steps(p.seq, arena),
         p_(p),
-        ld_(ceil_div(p.hidden, L) * L),
+        ld_(operand_ld<S>(p.hidden)),
         input_(p.gates_x, p.projection, 3 * p.hidden, p.seq, arena),
         gates_(gate_rows<S>(p.w_hh, p.hidden, p.hidden, p.reset_before ? 2 : 3)),
         candidate_(plain_rows<S>(static_cast<const S*>(p.w_hh) + 2 * p.hidden * p.hidden, p.hidden,
                                  p.hidden)) {
     const bool pack = worth_packing(p.seq);
-    gates_.reserve(arena, pack, p.b_hh);
-    if (p.reset_before) {
-      const S* bias = static_cast<const S*>(p.b_hh);
-      candidate_.reserve(arena, pack, bias ? bias + 2 * p.hidden : nullptr);
-      rh_ = arena.take<T>(p.seq.batch * ld_);
+    gates_.reserve(arena, pack, p.b_hh, p.projection.b_ih, 2);
+    const auto of_n = [&](const void* bias) {
+      return bias ? static_cast<const S*>(bias) + 2 * p.hidden : nullptr;
+    };
+    if (!p.reset_before) {
+      // r multiplies W_hn h + b_hn alone.
+      if (p.projection.b_ih) bias_n_ = arena.take<T>(ld_);
+    } else {
+      candidate_.reserve(arena, pack, of_n(p.b_hh), of_n(p.projection.b_ih));
+      rh_ = arena.take<X>(p.seq.batch * ld_);
       z_ = arena.take<T>(p.seq.batch * ld_);
     }
     for (T*& h : h_) h = arena.take<T>(p.seq.batch * ld_);
+    for (int i = 0; i < 2; ++i) x_[i] = operand(h_[i], arena);
   }
 
   Split split() const {
     const int64_t weights = 3 * p_.hidden * p_.hidden;
     return choose_split(p_.threads, p_.seq.steps, p_.seq.batch, weights,
-                        weights * int64_t(sizeof(T)), input_.work());
+                        weights * int64_t(sizeof(X)), input_.work());
   }
 
   void run(const Place& place) {
@@ -654,29 +782,40 @@ class GruForwardTask {
     if (p_.reset_before) candidate_.pack(place);
     const Range mine = place.everything(steps.batch());
     for (T* h : h_) copy_rows<S>(p_.h0, p_.hidden, mine, h, ld_);
+    if (kPairs<S>)
+      for (X* x : x_) copy_operand<S>(p_.h0, p_.hidden, mine, x, ld_);
+    if (p_.reset_before) clear_operand<S>(mine, rh_, ld_);
+    if (bias_n_ && place.thread == 0)
+      copy_rows<S>(static_cast<const S*>(p_.projection.b_ih) + 2 * p_.hidden, p_.hidden, {0, 1},
+                   bias_n_, ld_);
     place.meet_all();
     for (int64_t s = 0; s < steps.count(); ++s) {
       const int64_t t = steps.forward_step(s), start = steps.start(t);
+      const int64_t ahead = steps.ahead_in_forward(s);
       const Range rows = clip(place.rows, 0, steps.rows(t));
       const int64_t ending = steps.first_ending_row(s);
       const T* h_in = h_[s & 1];
+      const X* x_in = x_[s & 1];
       T* h_out = h_[(s + 1) & 1];
+      X* x_out = x_[(s + 1) & 1];
       if (!p_.reset_before) {
-        for_each_output(gates_, place, rows, h_in, ld_,
-                        [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
-                          reset_after(start + row, row, unit, lanes, sums, h_in, h_out,
-                                      row >= ending);
-                        });
+        for_each_gates(gates_, place, rows, s & 1, x_in, ld_,
+                       [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
+                         input_.template prefetch<3>(start + row + ahead, unit, p_.hidden);
+                         reset_after(start + row, row, unit, lanes, sums, h_in, h_out, x_out,
+                                     row >= ending);
+                       });
       } else {
-        for_each_output(gates_, place, rows, h_in, ld_,
-                        [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
-                          reset_before(start + row, row, unit, lanes, sums, h_in);
-                        });
+        for_each_gates(gates_, place, rows, s & 1, x_in, ld_,
+                       [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
+                         input_.template prefetch<3>(start + row + ahead, unit, p_.hidden);
+                         reset_before(start + row, row, unit, lanes, sums, h_in);
+                       });
         place.meet_rows();
-        for_each_output(candidate_, place, rows, rh_, ld_,
+        for_each_output(candidate_, place, rows, s & 1, rh_, ld_,
                         [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
                           finish_reset_before(start + row, row, unit, lanes, sums, h_in, h_out,
-                                              row >= ending);
+                                              x_out, row >= ending);
                         });
       }
       place.meet_rows();
@@ -689,23 +828,25 @@ class GruForwardTask {
   }
 
   RNNLM_INLINE void reset_after(int64_t index, int64_t row, int64_t unit, int64_t lanes,
-                                const T* sums, const T* h_in, T* h_out, bool ending) {
+                                const T* sums, const T* h_in, T* h_out, X* x_out, bool ending) {
     const int64_t H = p_.hidden;
     const S* in = input_.at(index) + unit;
     const V a_r = load(sums) + load(in, lanes);
     const V a_z = load(sums + L) + load(in + H, lanes);
     const V hn = load(sums + 2 * L);
     const V r = M::sigmoid(a_r), z = M::sigmoid(a_z);
-    const V a_n = M::fma(r, hn, load(in + 2 * H, lanes));
+    V x_n = load(in + 2 * H, lanes);
+    if (bias_n_) x_n = x_n + load(bias_n_ + unit);
+    const V a_n = M::fma(r, hn, x_n);
     const V n = M::tanh(a_n);
     if (p_.saved) {
       S* out = saved(index, unit);
-      store(out, kSavesPreactivations<S> ? a_r : r, lanes);
-      store(out + H, kSavesPreactivations<S> ? a_z : z, lanes);
-      store(out + 2 * H, kSavesPreactivations<S> ? a_n : n, lanes);
-      store(out + 3 * H, hn, lanes);
+      store_flushing(out, kSavesPreactivations<S> ? a_r : r, lanes);
+      store_flushing(out + H, kSavesPreactivations<S> ? a_z : z, lanes);
+      store_flushing(out + 2 * H, kSavesPreactivations<S> ? a_n : n, lanes);
+      store_flushing(out + 3 * H, hn, lanes);
     }
-    emit_h(index, row, unit, lanes, z, n, h_in, h_out, ending);
+    emit_h(index, row, unit, lanes, z, n, h_in, h_out, x_out, ending);
   }
 
   RNNLM_INLINE void reset_before(int64_t index, int64_t row, int64_t unit, int64_t lanes,
@@ -715,30 +856,40 @@ class GruForwardTask {
     const V a_r = load(sums) + load(in, lanes);
     const V a_z = load(sums + L) + load(in + H, lanes);
     const V r = M::sigmoid(a_r), z = M::sigmoid(a_z);
-    store(rh_ + at, r * load(h_in + at));
+    store_flushing(rh_ + at, r * load(h_in + at), L);
     store(z_ + at, z);
     if (p_.saved) {
       S* out = saved(index, unit);
-      store(out, kSavesPreactivations<S> ? a_r : r, lanes);
-      store(out + H, kSavesPreactivations<S> ? a_z : z, lanes);
+      store_flushing(out, kSavesPreactivations<S> ? a_r : r, lanes);
+      store_flushing(out + H, kSavesPreactivations<S> ? a_z : z, lanes);
     }
   }
 
   RNNLM_INLINE void finish_reset_before(int64_t index, int64_t row, int64_t unit, int64_t lanes,
-                                        const T* sums, const T* h_in, T* h_out, bool ending) {
+                                        const T* sums, const T* h_in, T* h_out, X* x_out,
+                                        bool ending) {
     const V a_n = load(sums) + load(input_.at(index) + 2 * p_.hidden + unit, lanes);
     const V n = M::tanh(a_n);
     if (p_.saved)
-      store(saved(index, unit) + 2 * p_.hidden, kSavesPreactivations<S> ? a_n : n, lanes);
-    emit_h(index, row, unit, lanes, load(z_ + row * ld_ + unit), n, h_in, h_out, ending);
+      store_flushing(saved(index, unit) + 2 * p_.hidden, kSavesPreactivations<S> ? a_n : n, lanes);
+    emit_h(index, row, unit, lanes, load(z_ + row * ld_ + unit), n, h_in, h_out, x_out, ending);
   }
 
   RNNLM_INLINE void emit_h(int64_t index, int64_t row, int64_t unit, int64_t lanes, V z, V n,
-                           const T* h_in, T* h_out, bool ending) {
+                           const T* h_in, T* h_out, X* x_out, bool ending) {
     const V h = gru_update<M>(z, n, load(h_in + row * ld_ + unit));
     store(h_out + row * ld_ + unit, h);
+    if constexpr (kPairs<S>) store_flushing(x_out + row * ld_ + unit, h, L);
     store(static_cast<S*>(p_.output) + index * p_.hidden + unit, h, lanes);
     if (ending) store(static_cast<S*>(p_.h_n) + row * p_.hidden + unit, h, lanes);
+  }
+
+  // Where a product reads h from: a copy, or h itself.
+  X* operand([[maybe_unused]] T* h, [[maybe_unused]] Arena& arena) const {
+    if constexpr (kPairs<S>)
+      return arena.take<X>(p_.seq.batch * ld_);
+    else
+      return h;
   }
 
   GruForward p_;
@@ -747,14 +898,17 @@ class GruForwardTask {
   Weights<S> gates_;      // r, z and, for reset-after, n
   Weights<S> candidate_;  // n, for reset-before
   T* h_[2];
-  T* rh_ = nullptr;  // [B, H]: r * h of this step
+  X* x_[2];
+  X* rh_ = nullptr;  // [B, H]: r * h of this step
   T* z_ = nullptr;
+  T* bias_n_ = nullptr;  // [H]: n's b_ih, for reset-after
 };
 
 template <class S>
 class GruBackwardTask {
   using T = Arithmetic<S>;
-  using M = Math<T>;
+  using X = Operand<S>;
+  using M = MathOf<S>;
   using V = Vec<T>;
   static constexpr int L = kLanes<T>;
 
@@ -765,8 +919,9 @@ class GruBackwardTask {
       : steps(p.seq, arena),
         p_(p),
         wants_initial_(p.dh0 != nullptr),
-        ld_(ceil_div(p.hidden, L) * L),
+        ld_(operand_ld<S>(p.hidden)),
         depth_((p.reset_before ? 2 : 3) * p.hidden),
+        gate_ld_(operand_ld<S>(depth_)),
         recurrent_(columns<S>(p.w_hh, p.hidden, depth_)),
         candidate_(columns<S>(static_cast<const S*>(p.w_hh) + 2 * p.hidden * p.hidden, p.hidden,
                               p.hidden)) {
@@ -774,21 +929,24 @@ class GruBackwardTask {
     recurrent_.reserve(arena, pack, nullptr);
     if (p.reset_before) {
       candidate_.reserve(arena, pack, nullptr);
-      da_n_ = arena.take<T>(p.seq.batch * ld_);
+      da_n_ = arena.take<X>(p.seq.batch * ld_);
     }
-    for (T*& d : dgates_) d = arena.take<T>(p.seq.batch * depth_);
+    for (X*& d : dgates_) d = arena.take<X>(p.seq.batch * gate_ld_);
     direct_ = arena.take<T>(p.seq.batch * ld_);
   }
 
   Split split() const {
     const int64_t weights = 3 * p_.hidden * p_.hidden;
     return choose_split(p_.threads, p_.seq.steps, p_.seq.batch, weights,
-                        weights * int64_t(sizeof(T)));
+                        weights * int64_t(sizeof(X)));
   }
 
   void run(const Place& place) {
     recurrent_.pack(place);
     if (p_.reset_before) candidate_.pack(place);
+    const Range mine = place.everything(steps.batch());
+    for (X* d : dgates_) clear_operand<S>(mine, d, gate_ld_);
+    if (p_.reset_before) clear_operand<S>(mine, da_n_, ld_);
     place.meet_all();
     int64_t next_rows = 0;
     for (int64_t s = 0; s <= steps.count(); ++s) {
@@ -796,12 +954,13 @@ class GruBackwardTask {
       const bool last = s == steps.count();
       if (last && !wants_initial_) break;
       const int64_t t = last ? 0 : steps.backward_step(s);
-      const int64_t rows = last ? 0 : steps.rows(t);
-      const T* next = dgates_[s & 1];
-      T* own = dgates_[(s + 1) & 1];
+      const int64_t rows = last ? 0 : steps.rows(t), ahead = steps.ahead_in_backward(s);
+      const X* next = dgates_[s & 1];
+      X* own = dgates_[(s + 1) & 1];
 
-      for_each_output(recurrent_, place, clip(place.rows, 0, min64(rows, next_rows)), next, depth_,
-                      [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
+      for_each_output(recurrent_, place, clip(place.rows, 0, min64(rows, next_rows)), s & 1, next,
+                      gate_ld_, [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
+                        prefetch_inputs(steps.start(t) + row + ahead, unit);
                         step(t, row, unit, lanes, load(sums) + load(direct_ + row * ld_ + unit),
                              own);
                       });
@@ -812,14 +971,14 @@ class GruBackwardTask {
                            grad ? load(grad + row * p_.hidden + unit, lanes) : V{}, own);
                     });
       const Range done = wants_initial_ ? clip(place.rows, rows, next_rows) : Range{0, 0};
-      for_each_output(recurrent_, place, done, next, depth_,
+      for_each_output(recurrent_, place, done, s & 1, next, gate_ld_,
                       [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
                         store(static_cast<S*>(p_.dh0) + row * p_.hidden + unit,
                               load(sums) + load(direct_ + row * ld_ + unit), lanes);
                       });
       if (p_.reset_before) {
         place.meet_rows();
-        for_each_output(candidate_, place, clip(place.rows, 0, rows), da_n_, ld_,
+        for_each_output(candidate_, place, clip(place.rows, 0, rows), s & 1, da_n_, ld_,
                         [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
                           finish_reset_before(t, row, unit, lanes, load(sums), own);
                         });
@@ -833,6 +992,15 @@ class GruBackwardTask {
   struct Saved {
     V r, z, n, hn;
   };
+
+  RNNLM_INLINE void prefetch_inputs(int64_t index, int64_t unit) const {
+    const int64_t H = p_.hidden, bytes = H * int64_t(sizeof(S));
+    if (p_.reset_before)
+      prefetch<3>(static_cast<const S*>(p_.saved) + index * 3 * H + unit, bytes);
+    else
+      prefetch<4>(static_cast<const S*>(p_.saved) + index * 4 * H + unit, bytes);
+    if (p_.grad_output) prefetch<1>(static_cast<const S*>(p_.grad_output) + index * H + unit, 0);
+  }
 
   RNNLM_INLINE Saved load_saved(int64_t index, int64_t unit, int64_t lanes) const {
     const int64_t H = p_.hidden;
@@ -854,7 +1022,7 @@ class GruBackwardTask {
     return load(from + unit, lanes);
   }
 
-  RNNLM_INLINE void step(int64_t t, int64_t row, int64_t unit, int64_t lanes, V dh, T* own) {
+  RNNLM_INLINE void step(int64_t t, int64_t row, int64_t unit, int64_t lanes, V dh, X* own) {
     const int64_t H = p_.hidden, index = steps.start(t) + row;
     const Saved y = load_saved(index, unit, lanes);
     const V h = h_prev(t, row, unit, lanes);
@@ -863,23 +1031,23 @@ class GruBackwardTask {
     const GruUpdateGrad<V> d = gru_update_backward<M>(y.z, y.n, h, dh);
     store(direct_ + row * ld_ + unit, d.h_direct);
     S* out = static_cast<S*>(p_.dgates) + index * 3 * H + unit;
-    T* scratch = own + row * depth_ + unit;
-    store(out + H, d.a_z, lanes);
-    store(scratch + H, d.a_z, lanes);
-    store(out + 2 * H, d.a_n, lanes);
+    X* scratch = own + row * gate_ld_ + unit;
+    store_flushing(out + H, d.a_z, lanes);
+    store_flushing(scratch + H, d.a_z, lanes);
+    store_flushing(out + 2 * H, d.a_n, lanes);
     if (p_.reset_before) {
-      store(da_n_ + row * ld_ + unit, d.a_n);
+      store_flushing(da_n_ + row * ld_ + unit, d.a_n, L);
       return;
     }
     const GruAfterGrad<V> a = gru_reset_after_backward<M>(y.r, y.hn, d.a_n);
-    store(out, a.a_r, lanes);
-    store(scratch, a.a_r, lanes);
-    store(scratch + 2 * H, a.d_hn, lanes);
-    store(static_cast<S*>(p_.candidate) + index * H + unit, a.d_hn, lanes);
+    store_flushing(out, a.a_r, lanes);
+    store_flushing(scratch, a.a_r, lanes);
+    store_flushing(scratch + 2 * H, a.d_hn, lanes);
+    store_flushing(static_cast<S*>(p_.candidate) + index * H + unit, a.d_hn, lanes);
   }
 
   RNNLM_INLINE void finish_reset_before(int64_t t, int64_t row, int64_t unit, int64_t lanes, V d_rh,
-                                        T* own) {
+                                        X* own) {
     const int64_t H = p_.hidden, index = steps.start(t) + row;
     const V h = h_prev(t, row, unit, lanes);
     V r = load(static_cast<const S*>(p_.saved) + index * 3 * H + unit, lanes);
@@ -887,23 +1055,54 @@ class GruBackwardTask {
     const GruBeforeGrad<V> b = gru_reset_before_backward<M>(r, h, d_rh);
     T* direct = direct_ + row * ld_ + unit;
     store(direct, load(direct) + b.h_direct);
-    store(static_cast<S*>(p_.dgates) + index * 3 * H + unit, b.a_r, lanes);
-    store(own + row * depth_ + unit, b.a_r, lanes);
-    store(static_cast<S*>(p_.candidate) + index * H + unit, r * h, lanes);
+    store_flushing(static_cast<S*>(p_.dgates) + index * 3 * H + unit, b.a_r, lanes);
+    store_flushing(own + row * gate_ld_ + unit, b.a_r, lanes);
+    store_flushing(static_cast<S*>(p_.candidate) + index * H + unit, r * h, lanes);
   }
 
   GruBackward p_;
   bool wants_initial_;  // dh0
-  int64_t ld_, depth_;
+  int64_t ld_, depth_, gate_ld_;
   Weights<S> recurrent_;  // r, z and, for reset-after, n
   Weights<S> candidate_;  // n, for reset-before
-  T* dgates_[2];          // [B, depth]: gradients that the recurrent product is taken with
+  X* dgates_[2];          // [B, depth]: gradients that the recurrent product is taken with
   T* direct_;             // [B, H]: gradient of h that does not pass through recurrent_
-  T* da_n_ = nullptr;     // [B, H]: gradient of n's pre-activation, for reset-before
+  X* da_n_ = nullptr;     // [B, H]: gradient of n's pre-activation, for reset-before
 };
 
 // --- entry points --------------------------------------------------------------------------------
 
+#if defined(__AVX512BF16__)
+// Only bfloat16 is any different from AVX-512's.
+template <template <class> class Task, class Params>
+Result dispatch(Result (*Kernels::*other)(const Params&), const Params& p) {
+  if (p.dtype == DType::bf16) return run<Task<bf16>>(p);
+  return (avx512::kernels().*other)(p);
+}
+
+}  // namespace
+
+#define RNNLM_STRING(x) #x
+#define RNNLM_NAME(x) RNNLM_STRING(x)
+Kernels kernels() {
+  Kernels k = avx512::kernels();
+  k.isa = RNNLM_NAME(RNNLM_ISA);
+  k.lstm_forward = [](const LstmForward& p) {
+    return dispatch<LstmForwardTask>(&Kernels::lstm_forward, p);
+  };
+  k.lstm_backward = [](const LstmBackward& p) {
+    return dispatch<LstmBackwardTask>(&Kernels::lstm_backward, p);
+  };
+  k.gru_forward = [](const GruForward& p) {
+    return dispatch<GruForwardTask>(&Kernels::gru_forward, p);
+  };
+  k.gru_backward = [](const GruBackward& p) {
+    return dispatch<GruBackwardTask>(&Kernels::gru_backward, p);
+  };
+  return k;
+}
+
+#else
 template <template <class> class Task, class Params>
 Result dispatch(const Params& p) {
   switch (p.dtype) {
@@ -942,6 +1141,7 @@ Kernels kernels() {
           [](const LstmBackward& p) { return dispatch<LstmBackwardTask>(p); },
           [](const GruForward& p) { return dispatch<GruForwardTask>(p); },
           [](const GruBackward& p) { return dispatch<GruBackwardTask>(p); },
+          cross_entropy,
           [](int function, DType dtype, int64_t n, const void* x, void* y) {
             if (dtype == DType::f64)
               elementwise(function, n, static_cast<const double*>(x), static_cast<double*>(y));
@@ -949,5 +1149,7 @@ Kernels kernels() {
               elementwise(function, n, static_cast<const float*>(x), static_cast<float*>(y));
           }};
 }
+
+#endif
 
 }  // namespace rnnlm::cpu::RNNLM_ISA

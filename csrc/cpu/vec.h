@@ -1,11 +1,14 @@
 // Vectors of floats for one instruction set, on top of the GCC/Clang vector extension: the compiler
-// turns the same source into AVX-512, AVX2, SSE2 or NEON. Included only by recurrence.cpp, which is
-// compiled once per instruction set; everything lives in that instruction set's own namespace, so
-// that no function compiled for a newer CPU can be picked for an older one by the linker.
+// turns the same source into AVX-512, AVX2, SSE2 or NEON. Included only by sources that are
+// compiled once per instruction set (RNNLM_ISA_SOURCES in CMakeLists.txt); everything lives in that
+// instruction set's own namespace, so that no function compiled for a newer CPU can be picked for
+// an older one by the linker.
 #pragma once
 
 #include <stdint.h>
 #include <string.h>
+
+#include <type_traits>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -131,17 +134,31 @@ RNNLM_INLINE float sum<float>(Vec<float> v) {
 typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));  // kLanes<float> halves
 typedef uint32_t Word __attribute__((vector_size(kVectorBytes)));
 
+// bfloat16: the upper half of a float. Rounded to nearest even; a NaN stays a NaN (its payload
+// could round to infinity). Compilers take the portable form apart into 256-bit halves.
+#if defined(__AVX512F__)
+RNNLM_INLINE Vec<float> widen(Half v, bf16) {
+  return (Vec<float>)((Word)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v) << 16);
+}
+RNNLM_INLINE Half narrow(Vec<float> v, bf16) {
+  const Word bits = (Word)v, upper = bits >> 16;
+  const Word rounded = (bits + 0x7fffu + (upper & 1u)) >> 16;
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  const __m512i result =
+      _mm512_mask_or_epi32((__m512i)rounded, nan, (__m512i)upper, (__m512i)(Word{} + 0x40u));
+  return (Half)_mm512_maskz_cvtepi32_epi16(0xffff, result);
+}
+#else
 RNNLM_INLINE Vec<float> widen(Half v, bf16) {
   return (Vec<float>)(__builtin_convertvector(v, Word) << 16);
 }
-
-// Round to nearest even; a NaN stays a NaN (its payload could round to infinity).
 RNNLM_INLINE Half narrow(Vec<float> v, bf16) {
   const Word bits = (Word)v;
   const Word rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Word nan = (bits >> 16) | 0x40u;
   return __builtin_convertvector((Word)(v != v) ? nan : rounded, Half);
 }
+#endif
 
 #if defined(__AVX512F__)
 RNNLM_INLINE Vec<float> widen(Half v, f16) {
@@ -219,19 +236,71 @@ RNNLM_INLINE void store(f16* p, Vec<float> v) {
   store16(p, v);
 }
 
+#if defined(__AVX512F__)
+RNNLM_INLINE uint16_t first_lanes(int64_t n) {
+  return uint16_t((1u << n) - 1);
+}
+// Of fewer than all lanes.
+RNNLM_INLINE Vec<float> load_some(const float* p, int64_t n) {
+  return (Vec<float>)_mm512_maskz_loadu_ps(first_lanes(n), p);
+}
+RNNLM_INLINE Vec<double> load_some(const double* p, int64_t n) {
+  return (Vec<double>)_mm512_maskz_loadu_pd(uint8_t(first_lanes(n)), p);
+}
 template <class S>
-RNNLM_INLINE Vec<Arithmetic<S>> load(const S* p, int64_t n) {
-  if (__builtin_expect(n >= kLanes<Arithmetic<S>>, 1)) return load(p);
+RNNLM_INLINE Vec<float> load_some(const S* p, int64_t n) {
+  return widen((Half)_mm256_maskz_loadu_epi16(first_lanes(n), p), S{});
+}
+RNNLM_INLINE void store_some(float* p, Vec<float> v, int64_t n) {
+  _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v);
+}
+RNNLM_INLINE void store_some(double* p, Vec<double> v, int64_t n) {
+  _mm512_mask_storeu_pd(p, uint8_t(first_lanes(n)), (__m512d)v);
+}
+template <class S>
+RNNLM_INLINE void store_some(S* p, Vec<float> v, int64_t n) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n), (__m256i)narrow(v, S{}));
+}
+#else
+template <class S>
+RNNLM_INLINE Vec<Arithmetic<S>> load_some(const S* p, int64_t n) {
   S part[kLanes<Arithmetic<S>>] = {};
   for (int64_t l = 0; l < n; ++l) part[l] = p[l];
   return load(part);
 }
 template <class S>
-RNNLM_INLINE void store(S* p, Vec<Arithmetic<S>> v, int64_t n) {
-  if (__builtin_expect(n >= kLanes<Arithmetic<S>>, 1)) return store(p, v);
+RNNLM_INLINE void store_some(S* p, Vec<Arithmetic<S>> v, int64_t n) {
   S part[kLanes<Arithmetic<S>>];
   store(part, v);
   for (int64_t l = 0; l < n; ++l) p[l] = part[l];
+}
+#endif
+
+template <class S>
+RNNLM_INLINE Vec<Arithmetic<S>> load(const S* p, int64_t n) {
+  if (__builtin_expect(n >= kLanes<Arithmetic<S>>, 1)) return load(p);
+  return load_some(p, n);
+}
+template <class S>
+RNNLM_INLINE void store(S* p, Vec<Arithmetic<S>> v, int64_t n) {
+  if (__builtin_expect(n >= kLanes<Arithmetic<S>>, 1)) return store(p, v);
+  store_some(p, v, n);
+}
+
+// For what only products and derivatives will read: numbers below 2^-126 may be stored as zero,
+// which is what the CPU's conversion to bfloat16 does, in one instruction instead of ten.
+template <class S>
+RNNLM_INLINE void store_flushing(S* p, Vec<Arithmetic<S>> v, int64_t n) {
+#if defined(__AVX512BF16__)
+  if constexpr (sizeof(S) == 2) {
+    if constexpr (std::is_same<S, bf16>::value) {
+      const __m256i h = (__m256i)_mm512_cvtneps_pbh((__m512)v);
+      if (__builtin_expect(n >= kLanes<float>, 1)) return _mm256_storeu_si256((__m256i*)p, h);
+      return _mm256_mask_storeu_epi16(p, first_lanes(n), h);
+    }
+  }
+#endif
+  store(p, v, n);
 }
 
 template <class S>
@@ -342,5 +411,45 @@ struct Math {
     return (V)((result & ~sign_mask) | ((Bits<T>)x & sign_mask));
   }
 };
+
+#if defined(__AVX512BF16__)
+// The same for bfloat16, to 1e-5 relative (a hundredth of its half ulp): 2^t is 2^r 2^floor(t),
+// with a polynomial in 0 <= r < 1 and the scaling that AVX-512 has an instruction for. Exact at 0
+// and where the result saturates.
+struct BriefMath {
+  using V = Vec<float>;
+  static RNNLM_INLINE V fma(V a, V b, V c) { return RNNLM_ISA::fma(a, b, c); }
+  static RNNLM_INLINE V fraction(V t) {
+    return (V)_mm512_maskz_reduce_ps(0xffff, (__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  }
+  static RNNLM_INLINE V scale(V x, V t) {
+    return (V)_mm512_maskz_scalef_ps(0xffff, (__m512)x, (__m512)t);
+  }
+
+  static RNNLM_INLINE V sigmoid(V x) {
+    const V t = x * -1.44269504f, r = fraction(t);
+    V p = fma(r, splat(0.0134266894f), splat(0.0522424653f));
+    p = fma(r, p, splat(0.241280213f));
+    p = fma(r, p, splat(0.693044841f));
+    p = fma(r, p, splat(1.0f));
+    return 1.0f / (scale(p, t) + 1.0f);
+  }
+  // (e^2|x| - 1) / (e^2|x| + 1), the sign put back. The numerator is accurate relative to itself.
+  static RNNLM_INLINE V tanh(V x) {
+    const Bits<float> sign = Bits<float>{} + INT32_MIN;
+    V t = (V)((Bits<float>)x & ~sign) * 2.88539008f;
+    t = (V)_mm512_maskz_min_ps(0xffff, (__m512)splat(126.0f),
+                               (__m512)t);  // the second if it is NaN
+    const V r = fraction(t), s = scale(splat(1.0f), t);
+    V p = fma(r, splat(0.00178143347f), splat(0.00921307318f));
+    p = fma(r, p, splat(0.0556486584f));
+    p = fma(r, p, splat(0.240208834f));
+    p = fma(r, p, splat(0.69314754f));
+    const V m = fma(p * r, s, s - 1.0f);
+    const V y = m / (m + 2.0f);
+    return (V)(((Bits<float>)x & sign) | (Bits<float>)y);
+  }
+};
+#endif
 
 }  // namespace rnnlm::cpu::RNNLM_ISA

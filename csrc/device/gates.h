@@ -26,11 +26,21 @@ RNNLM_HD LstmGates<V> lstm_activate(const LstmGates<V>& a) {
   return {Math::sigmoid(a.i), Math::sigmoid(a.f), Math::tanh(a.g), Math::sigmoid(a.o)};
 }
 
-// `y` are the activated gates. Returns h and updates c.
+// The new c from the activated gates, and h from that and the output gate.
+template <class Math, class V = typename Math::V>
+RNNLM_HD V lstm_cell(const LstmGates<V>& y, V c) {
+  return Math::fma(y.f, c, y.i * y.g);
+}
+template <class Math, class V = typename Math::V>
+RNNLM_HD V lstm_hidden(V o, V c) {
+  return o * Math::tanh(c);
+}
+
+// Both: returns h and updates c.
 template <class Math, class V = typename Math::V>
 RNNLM_HD V lstm_forward(const LstmGates<V>& y, V& c) {
-  c = Math::fma(y.f, c, y.i * y.g);
-  return y.o * Math::tanh(c);
+  c = lstm_cell<Math>(y, c);
+  return lstm_hidden<Math>(y.o, c);
 }
 
 // From dh and the dc that came from the next step (`dc`, updated to the one for the previous step)

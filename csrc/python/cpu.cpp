@@ -89,6 +89,17 @@ void gru_backward(int dtype, int threads, int64_t steps, int64_t batch, Address 
                    pointer(candidate), pointer(dh0)});
 }
 
+void cross_entropy(int dtype, int threads, int64_t rows, int64_t classes, Address logits,
+                   Address bias, Address target, Address class_weight, double class_weight_sum,
+                   int64_t ignore_index, double label_smoothing, Address upstream, bool gradient,
+                   Address losses, Address bias_grad) {
+  call(&cpu::Kernels::cross_entropy,
+       CrossEntropy{DType(dtype), threads, rows, classes, pointer(logits), pointer(bias),
+                    pointer<const int64_t>(target), pointer(class_weight), class_weight_sum,
+                    ignore_index, label_smoothing, pointer(upstream), gradient, pointer(losses),
+                    pointer(bias_grad)});
+}
+
 void elementwise(const std::string& function, int dtype, int64_t n, Address x, Address y) {
   const int code = function == "exp" ? 0 : function == "sigmoid" ? 1 : function == "tanh" ? 2 : -1;
   if (code < 0 || (DType(dtype) != DType::f32 && DType(dtype) != DType::f64))
@@ -119,6 +130,7 @@ void bind_cpu(py::module_& m) {
   m.def("cpu_lstm_backward", &lstm_backward);
   m.def("cpu_gru_forward", &gru_forward);
   m.def("cpu_gru_backward", &gru_backward);
+  m.def("cpu_cross_entropy", &cross_entropy);
   m.def("cpu_elementwise", &elementwise,
         "y = f(x) of n values by the kernels' own exp, sigmoid or tanh; for tests.");
 }

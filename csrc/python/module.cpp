@@ -38,6 +38,7 @@ py::dict build_info() {
   info["cuda_version"] =
       RNNLM_WITH_CUDA ? py::object(py::str(RNNLM_CUDA_VERSION)) : py::object(py::none());
   info["cuda_archs"] = split(RNNLM_CUDA_ARCHS);
+  info["kernels"] = RNNLM_KERNELS;
   return info;
 }
 
@@ -59,7 +60,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &rnnlm::build_info,
         "How this module was built: version, compiler, cxx_flags, build_type, isas (CPU "
         "instruction sets), sanitizers, "
-        "cuda (bool), cuda_version (None without CUDA), cuda_archs.");
+        "cuda (bool), cuda_version (None without CUDA), cuda_archs, kernels (a hash of the "
+        "sources of the CUDA kernels).");
 
   rnnlm::bind_cpu(m);
   rnnlm::bind_plan(m);

@@ -11,6 +11,9 @@ from ..options import BUILT_OPTIONS, Plan, Problem, RecurrenceOptions
 # Forward keeps the activated gates (16-bit dtypes: their pre-activations) for backward.
 SAVES_GATES = True
 
+# A gate is read before it is saved, so an LSTM may save over the projected gates.
+SAVES_OVER_GATES = True
+
 # Codes of DType in csrc/core/params.h.
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -50,6 +53,10 @@ def plan(problem: Problem) -> Plan:
 # Up to so many rows (T*B) forward gets x and W_ih instead of the projected gates: a GEMM call costs
 # more than the product.
 PROJECTS_ROWS = 4
+
+# The projected gates come without b_ih: a GEMM that starts from a bias first writes it to every
+# row, which for bfloat16 takes half as long as the product (docs/performance-log.md).
+ADDS_INPUT_BIAS = True
 
 
 # The calls below write out what a helper could do for all: such helpers cost 1 us of a call of 20.
@@ -218,4 +225,44 @@ def gru_backward(
         dgates.data_ptr(),
         candidate.data_ptr(),
         0 if dh0 is None else dh0.data_ptr(),
+    )
+
+
+def supports_cross_entropy(dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
+    """Whether the head's kernel runs on such logits, and why (not)."""
+    if device.type != "cpu":
+        return False, f"tensors are on {device.type}"
+    return available() if dtype in _DTYPES else (False, f"no kernel for {dtype}")
+
+
+def cross_entropy(
+    logits: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    class_weight_sum: float,
+    ignore_index: int,
+    label_smoothing: float,
+    upstream: Tensor | None,
+    gradient: bool,
+    losses: Tensor,
+    bias_grad: Tensor | None,
+) -> None:
+    """Fill losses, turn logits into their gradient, add to bias_grad (see csrc/core/params.h)."""
+    native.cpu_cross_entropy(
+        _DTYPES[logits.dtype],
+        torch.get_num_threads(),
+        len(logits),
+        logits.shape[1],
+        logits.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        target.data_ptr(),
+        0 if class_weight is None else class_weight.data_ptr(),
+        class_weight_sum,
+        ignore_index,
+        label_smoothing,
+        0 if upstream is None else upstream.data_ptr(),
+        gradient,
+        losses.data_ptr(),
+        0 if bias_grad is None else bias_grad.data_ptr(),
     )

@@ -35,15 +35,22 @@ def _outputs(
     save: bool,
     return_cells: bool,
     module: ModuleType,
+    gates_x: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Uninitialised output, h_n, c_n, cells, saved; the last two are None when not wanted."""
+    """Uninitialised output, h_n, c_n, cells, saved; the last two are None when not wanted.
+
+    A backend that reads a gate before it saves it (``SAVES_OVER_GATES``) saves in ``gates_x``.
+    """
     *steps, _ = x.shape
     hidden = c0.shape[-1]
     cells = saved = None
     if save or return_cells:
         cells = x.new_empty((*steps, hidden), dtype=state_dtype(x.dtype))
     if save and module.SAVES_GATES:
-        saved = x.new_empty((*steps, 4 * hidden))
+        if gates_x is not None and getattr(module, "SAVES_OVER_GATES", False):
+            saved = gates_x
+        else:
+            saved = x.new_empty((*steps, 4 * hidden))
     output = x.new_empty((*steps, h0.shape[-1]))
     return output, empty_contiguous_like(h0), empty_contiguous_like(c0), cells, saved
 
@@ -81,7 +88,9 @@ def forward(
         return_cells=return_cells,
         proj=w_hr is not None,
     )
-    outputs = _outputs(x, h0, c0, save, return_cells, module)
+    computes = not shapes_only and h0.numel() + c0.numel() and module is not BACKENDS["reference"]
+    gates = input_gates(module, x, w_ih, b_ih) if computes else None
+    outputs = _outputs(x, h0, c0, save, return_cells, module, gates and gates[3])
     if shapes_only:
         return outputs
     if module is BACKENDS["reference"]:
@@ -89,9 +98,9 @@ def forward(
         for out, value in zip(outputs, values, strict=False):
             if out is not None:
                 out.copy_(value)
-    elif outputs[1].numel() or outputs[2].numel():
+    elif gates:
         module.lstm_forward(
-            *input_gates(module, x, w_ih, b_ih),
+            *gates,
             *contiguous(w_hh, b_hh, w_hr, h0, c0, batch_sizes),
             options,
             *outputs,

@@ -29,12 +29,16 @@ def input_gates(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """x, w_ih, b_ih and the projection ``x W_ih^T + b_ih`` of all steps at once, ``[*, G*H]``.
 
-    The projection is None where the backend takes so few rows upon itself.
+    The projection is None where the backend takes so few rows upon itself, and lacks ``b_ih`` where
+    the backend has ``ADDS_INPUT_BIAS``.
     """
     features = x.shape[-1]
     if features and x.numel() <= module.PROJECTS_ROWS * features:
         x, w_ih, b_ih = contiguous(x, w_ih, b_ih)
         return x, w_ih, b_ih, None
+    if getattr(module, "ADDS_INPUT_BIAS", False):
+        (b_ih,) = contiguous(b_ih)
+        return x, w_ih, b_ih, torch.nn.functional.linear(x, w_ih).contiguous()
     return x, w_ih, b_ih, torch.nn.functional.linear(x, w_ih, b_ih).contiguous()
 
 
