@@ -11,6 +11,7 @@ from . import ops
 from ._version import __version__
 from .build import build_info
 from .dispatch import BackendError, explain
+from .losses import LinearCrossEntropyLoss, linear_cross_entropy
 from .nn import GRU, LSTM, GRUCell, LSTMCell, replace, restore
 from .options import Plan, Problem, RecurrenceOptions
 
@@ -20,12 +21,14 @@ __all__ = [
     "BackendError",
     "GRUCell",
     "LSTMCell",
+    "LinearCrossEntropyLoss",
     "Plan",
     "Problem",
     "RecurrenceOptions",
     "__version__",
     "build_info",
     "explain",
+    "linear_cross_entropy",
     "ops",
     "replace",
     "restore",

@@ -10,15 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import rnnlm_kernels
 from rnnlm_kernels import lm
-from rnnlm_kernels.lm import heads
 from rnnlm_kernels.lm.attention import WindowedAttention
 from rnnlm_kernels.lm.cache import ContinuousCache
 from rnnlm_kernels.lm.dropout import (
@@ -27,6 +23,7 @@ from rnnlm_kernels.lm.dropout import (
     embed_with_dropped_rows,
 )
 from rnnlm_kernels.lm.heads import AdaptiveHead, LinearHead, TiedAdaptiveHead
+from rnnlm_kernels.ops import linear_cross_entropy as operator
 
 V = 23
 
@@ -322,33 +319,19 @@ def test_impossible_cutoffs_are_refused(cutoffs: tuple[int, ...]) -> None:
         _model(head="adaptive", cutoffs=cutoffs)
 
 
-@pytest.mark.skipif(
-    not hasattr(F, "linear_cross_entropy"), reason="this torch has no F.linear_cross_entropy"
-)
-def test_large_vocabularies_never_have_all_logits_and_the_same_gradients(monkeypatch) -> None:
-    size, rows = heads.CHUNKED_FROM, 3 * heads.CHUNK + 7
-    model = lm.RNNLanguageModel(lm.ModelConfig(size, emb=8, hidden=8, dropout=0.0), seed=0)
-    tokens = torch.randint(size, (rows, 1))
-    targets = torch.randint(size, (rows, 1))
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_loss_in_chunks_has_the_gradients_of_all_logits(monkeypatch, smoothing: float) -> None:
+    model = lm.RNNLanguageModel(lm.ModelConfig(V, emb=8, hidden=8, dropout=0.0), seed=0)
+    tokens, targets = torch.randint(V, (40, 2)), torch.randint(V, (40, 2))
     targets[::5] = -100
-    largest: list[int] = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            largest.extend(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))
-            return out
-
+    monkeypatch.setattr(operator, "chunk_rows", lambda *sizes: 7)
     results = []
-    for chunked in (True, False):
-        monkeypatch.setattr(heads, "CHUNKED_FROM", size if chunked else size + 1)
-        largest.clear()
-        with Watch():
-            loss, _ = model.loss(tokens, targets)
-            gradients = torch.autograd.grad(loss, list(model.parameters()))
-        results.append((max(largest), loss.detach(), gradients))
-    assert results[0][0] <= heads.CHUNK * size < rows * size <= results[1][0]
-    torch.testing.assert_close(results[0][1:], results[1][1:], rtol=1e-4, atol=1e-5)
+    for plain_up_to in (0, 80 * V):
+        monkeypatch.setattr(operator, "PLAIN_LOGITS", plain_up_to)
+        loss = model.nll(model.encode(tokens, None), targets, label_smoothing=smoothing)
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        results.append((loss.detach(), gradients))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 def test_label_smoothing_spreads_the_target() -> None:

@@ -13,23 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import rnnlm_kernels
+
 from .data.stream import IGNORE_INDEX
 
 Reduction = Literal["sum", "none"]
 
 
-# Rows whose logits are there at one time, and the vocabulary from which that pays. A few hundred
-# rows keep the products large and their logits in the cache; small vocabularies gain nothing.
-CHUNK = 256
-CHUNKED_FROM = 2000
-
-
 class LinearHead(nn.Linear):
     """One matrix over the whole vocabulary.
 
-    For a large vocabulary, where torch has ``F.linear_cross_entropy`` (2.13), the summed loss and
-    its gradient are computed a few rows at a time, and the logits of a window are never all there.
-    The result is the same up to rounding.
+    Loss and gradient are computed some rows at a time, and the logits of a window are never all
+    there: :func:`rnnlm_kernels.linear_cross_entropy`.
     """
 
     def nll(
@@ -48,30 +43,15 @@ class LinearHead(nn.Linear):
             label_smoothing: share of the target's probability that is spread evenly over all
                 tokens (Szegedy et al. 2016).
         """
-        if (
-            reduction == "sum"
-            and label_smoothing == 0.0
-            and self.out_features >= CHUNKED_FROM
-            and len(features) > CHUNK
-            and torch.is_grad_enabled()
-            and not torch.is_autocast_enabled(features.device.type)
-            and hasattr(F, "linear_cross_entropy")
-        ):
-            return F.linear_cross_entropy(
-                features,
-                self.weight,
-                targets,
-                linear_bias=self.bias,
-                ignore_index=IGNORE_INDEX,
-                reduction="sum",
-                options=nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK),
-            )
-        return F.cross_entropy(
-            self(features).float(),
+        return rnnlm_kernels.linear_cross_entropy(
+            features,
+            self.weight,
             targets,
+            linear_bias=self.bias,
             ignore_index=IGNORE_INDEX,
             reduction=reduction,
             label_smoothing=label_smoothing,
+            dtype=torch.float32,
         )
 
 
