@@ -1,9 +1,10 @@
 """Whole LSTM and GRU stacks from one-layer operators.
 
 :func:`lstm` and :func:`gru` take the weights of every layer and direction and do what lies
-between the single operator calls of :mod:`rnnlm_kernels.ops`: stacking, joining two directions,
-dropout between layers, ``batch_first``, default initial states, and autocast. They keep no state;
-the modules in :mod:`rnnlm_kernels.nn` are thin callers of them.
+between the single operator calls of :mod:`rnnlm_kernels.ops`: stacking, joining two directions
+(which a GPU may run at the same time), dropout between layers, ``batch_first``, default initial
+states, and autocast. They keep no state; the modules in :mod:`rnnlm_kernels.nn` are thin callers of
+them.
 
 Shapes use T (steps), B (batch), I (input size), H (hidden size), R (``proj_size``, or H without a
 projection), L (layers), D (1, or 2 when bidirectional). Packed input is the ``data`` of a
@@ -123,6 +124,9 @@ def lstm(
 
     x = input.transpose(0, 1) if batch_first and batch_sizes is None else input
 
+    layer = ops.lstm
+    if bidirectional and input.is_cuda:
+        layer = ops.side_by_side("lstm", ops.lstm)
     last = len(weights) - directions  # index of the last layer's first direction
     finals_h: list[Tensor] = []
     finals_c: list[Tensor] = []
@@ -134,7 +138,7 @@ def lstm(
             w_ih, w_hh, b_ih, b_hh, w_hr = weights[i]
             if not has_biases:
                 b_ih = b_hh = None
-            output, h_n, c_n, steps = ops.lstm(
+            output, h_n, c_n, steps = layer(
                 x,
                 h0s[i],
                 c0s[i],
@@ -246,6 +250,9 @@ def gru(
 
     x = input.transpose(0, 1) if batch_first and batch_sizes is None else input
 
+    layer = ops.gru
+    if bidirectional and input.is_cuda:
+        layer = ops.side_by_side("gru", ops.gru)
     last = len(weights) - directions
     finals: list[Tensor] = []
     for index in range(0, len(weights), directions):
@@ -254,7 +261,7 @@ def gru(
             w_ih, w_hh, b_ih, b_hh, _ = weights[i]
             if not has_biases:
                 b_ih = b_hh = None
-            output, h_n = ops.gru(
+            output, h_n = layer(
                 x,
                 h0s[i],
                 w_ih,

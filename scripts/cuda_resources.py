@@ -9,9 +9,9 @@ Needs nvcc and nvdisasm but no GPU. Exit code 1 when a kernel breaks a rule:
 * no spilled register, no stack, no instruction that touches local memory;
 * the kernel states its number of threads, and with its registers they fit an SM;
 * a persistent kernel (`grid_*`, `cluster_*`) multiplies on tensor cores where its dtype has them,
-  publishes the state of a step as its tier is meant to, and executes no MEMBAR between its last
-  tensor-core instruction and that store: a memory barrier there waits for every store in flight,
-  longer than the rest of the step takes.
+  with plain multiply-adds where it is to be exact, publishes the state of a step as its tier is
+  meant to, and executes no MEMBAR between its last product and that store: a memory barrier there
+  waits for every store in flight, longer than the rest of the step takes.
 
 Reports are kept under build/cuda-resources by what went into them: a second run compiles only what
 has changed.
@@ -46,6 +46,9 @@ REGISTERS_OF_AN_SM = 65536
 REGISTER_STEP = 8  # a thread's registers are given out in steps of this
 
 TENSOR_CORE = re.compile(r"^[HIDQ]G?MMA\b")
+PLAIN_PRODUCT = re.compile(r"^FFMA\b")
+CTA_BARRIER = re.compile(r"^BAR\b")
+WAITS = re.compile(r"^SYNCS\.PHASECHK\b")  # for a message from a neighbour
 LOCAL_MEMORY = re.compile(r"^(LDL|STL)\b")
 MEMORY_BARRIER = re.compile(r"^MEMBAR\b")
 # How a tier hands a step's state over: a store that all SMs see, or one into a neighbour's shared
@@ -54,12 +57,14 @@ PUBLISHES = {"grid": re.compile(r"^STG\b.*\.STRONG\.GPU"), "cluster": re.compile
 PERSISTENT = re.compile(r"\b(grid|cluster)_\w*kernel\b")
 # The last template argument of a cluster kernel is its number of CTAs; one CTA has no neighbours.
 ONE_CTA = re.compile(r"\b1>[> ]*$")
-# Holds 96 KB of weights in shared memory; the GPUs below have 99 KB, too few for the rest.
-LARGE_SHARED = re.compile(r"grid_forward_kernel<.*\bLstmCell, 8,")
+# Hold 48 to 128 KB of weights in shared memory; the GPUs below have 99 KB, too few for the rest.
+LARGE_SHARED = re.compile(r"grid_forward_kernel<.*(\bLstmCell|HeldFma<16>, \w+), 8,")
 SMALL_SHARED_ARCHITECTURES = ("86", "89", "120", "121")
 TENSOR_CORE_TYPES = re.compile(
     r"BFloat16|Float16|Bf16|F16|bf16|f16|TensorCore|tf32|Tf32", re.IGNORECASE
 )
+# Products of float32 that are not rounded (csrc/device/fma.h, csrc/kernels/cluster_fma.cuh).
+PLAIN_TYPES = re.compile(r"\b(Held|Cluster)Fma\b")
 
 
 class ToolError(RuntimeError):
@@ -106,8 +111,9 @@ def require_tool(name: str) -> Path:
 class Kernel:
     """One instantiation for one architecture.
 
-    ``barriers_before_publish`` counts the MEMBARs on a path from a tensor-core instruction to a
-    publishing store that passes no other tensor-core instruction.
+    ``barriers_before_publish`` counts the MEMBARs on a path from a product to a publishing store
+    that passes no other product. Where products are plain multiply-adds, which the gates are made
+    of as well, on one from the last of them to the barrier of the CTA, or from there to the store.
     """
 
     symbol: str
@@ -123,6 +129,7 @@ class Kernel:
     instructions: int = 0
     local: int = 0
     tensor_core: int = 0
+    plain: int = 0  # multiply-adds, of products and of gates
     membars: int = 0
     publishes: int = 0
     barriers_before_publish: int = 0
@@ -150,11 +157,13 @@ class Kernel:
         if self.tier is not None and self.runs_here:
             if TENSOR_CORE_TYPES.search(self.name) and not self.tensor_core:
                 found.append("does not use tensor cores")
+            if PLAIN_TYPES.search(self.name) and (self.tensor_core or not self.plain):
+                found.append("does not multiply with plain multiply-adds")
             if not self.publishes and not self.is_alone:
                 found.append("publishes nothing")
             if self.barriers_before_publish:
                 found.append(
-                    f"{self.barriers_before_publish} MEMBAR between tensor cores and publishing"
+                    f"{self.barriers_before_publish} MEMBAR between product and publishing"
                 )
         return found
 
@@ -292,15 +301,23 @@ def parse_sass(text: str) -> tuple[dict[str, Code], dict[str, int]]:
 
 def read_code(kernel: Kernel, code: Code) -> None:
     """Fill in what the machine code says of a kernel."""
-    products = code.indices(TENSOR_CORE)
+    plain = PLAIN_TYPES.search(kernel.name) is not None
+    products = code.indices(PLAIN_PRODUCT if plain else TENSOR_CORE)
     kernel.instructions = len(code.instructions)
     kernel.local = len(code.indices(LOCAL_MEMORY))
-    kernel.tensor_core = len(products)
+    kernel.tensor_core = len(code.indices(TENSOR_CORE))
+    kernel.plain = len(code.indices(PLAIN_PRODUCT))
     kernel.membars = len(code.indices(MEMORY_BARRIER))
     if kernel.tier is not None:
         publishes = code.indices(PUBLISHES[kernel.tier])
         kernel.publishes = len(publishes)
-        kernel.barriers_before_publish = len(code.on_path(products, MEMORY_BARRIER, publishes))
+        found = code.on_path(products, MEMORY_BARRIER, publishes)
+        if plain:
+            # A CTA of a cluster meets others at its mbarriers; and not after its last message.
+            meetings = code.indices(CTA_BARRIER) & reach(publishes, code.predecessors(), set())
+            found |= code.on_path(products, MEMORY_BARRIER, meetings)
+            found |= code.on_path(meetings | code.indices(WAITS), MEMORY_BARRIER, publishes)
+        kernel.barriers_before_publish = len(found)
 
 
 def demangle(symbols: list[str]) -> list[str]:
@@ -421,14 +438,28 @@ class Compiler:
 
 # --- showing it ---------------------------------------------------------------------------------
 
-HEADER = ("regs", "threads", "smem", "stack", "spills", "MMA", "MEMBAR", "publish", "kernel")
+HEADER = (
+    "regs",
+    "threads",
+    "smem",
+    "stack",
+    "spills",
+    "MMA",
+    "FFMA",
+    "MEMBAR",
+    "publish",
+    "kernel",
+)
 
 
 def row(kernel: Kernel) -> tuple[str, ...]:
     return (
         *(str(value) for value in (kernel.registers, kernel.threads, kernel.shared, kernel.stack)),
         f"{kernel.spill_stores}+{kernel.spill_loads}",
-        *(str(value) for value in (kernel.tensor_core, kernel.membars, kernel.publishes)),
+        *(
+            str(value)
+            for value in (kernel.tensor_core, kernel.plain, kernel.membars, kernel.publishes)
+        ),
         kernel.name,
     )
 

@@ -15,6 +15,7 @@ import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -23,7 +24,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rnnlm_kernels import dispatch
+from rnnlm_kernels import dispatch, tuning
 from rnnlm_kernels.backends import cuda
 from rnnlm_kernels.ops import planning
 
@@ -70,8 +71,15 @@ def _offsets(batch_sizes: Tensor, like: Tensor) -> Tensor:
 
 def _forget() -> None:
     cuda._needs.cache_clear()
+    cuda._directions.cache_clear()
     dispatch._choose.cache_clear()
     planning._choose.cache_clear()
+    tuning.forget()
+
+
+def _identity(index: int) -> dict[str, str]:
+    limits = cuda.native.cuda_device_limits(index)
+    return {"gpu": "emulated", "sms": str(limits["sms"]), "driver": "1.0", "kernels": "0123"}
 
 
 @contextmanager
@@ -80,6 +88,7 @@ def emulated(
     *,
     allow_tf32: bool = False,
     wait_polls: int | None = None,
+    tables: Path | None = None,
     **settings: Any,
 ) -> Iterator[Emulated]:
     """The backend "cuda" on an emulated device, which is fresh at the start of the block.
@@ -88,6 +97,7 @@ def emulated(
         tier: value of RNNLM_CUDA_TIER.
         allow_tf32: whether torch allows its RNNs to round float32 products to TF32.
         wait_polls: polls after which a persistent launch gives up waiting.
+        tables: folder with tuned tables; None for none.
         settings: of the emulator: seed, sms, compute_capability, shared_per_block, cooperative,
             drop (lose about one message in so many), ...; see ``_emulated.emulator_configure``.
 
@@ -100,19 +110,21 @@ def emulated(
     module.cuda_forget_devices()
     if wait_polls is not None:
         module.cuda_set_wait_limit(wait_polls, 0)
+    environment = {cuda.ENVIRONMENT: tier, tuning.ENVIRONMENT: str(tables or tuning.OFF)}
     deterministic = torch.are_deterministic_algorithms_enabled()
     _forget()
     try:
         torch.use_deterministic_algorithms(True)  # fills what torch.empty returns
         with (
-            mock.patch.dict(os.environ, {cuda.ENVIRONMENT: tier}),
+            mock.patch.dict(os.environ, environment),
             mock.patch.multiple(
                 cuda,
                 native=device,
                 DEVICE_TYPE="cpu",
                 _obstacle=lambda: "",
-                _current_device=lambda: 0,
+                current_device=lambda: 0,
                 _device_count=lambda: 1,
+                identity=_identity,
                 _place=lambda tensor: (0, 0),
                 _empty=_empty,
                 _offsets=_offsets,

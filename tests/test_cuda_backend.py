@@ -194,7 +194,7 @@ def test_a_tier_that_cannot_run_a_layer_says_why_and_what_to_do() -> None:
         emulated("grid") as device,
         pytest.raises(
             NotImplementedError,
-            match=r"grid tier cannot run .* bfloat16 and float16\. RNNLM_CUDA_TIER=auto takes",
+            match=r"grid tier cannot run .* float16 and float32\. RNNLM_CUDA_TIER=auto takes",
         ),
     ):
         layer("lstm").call(backend="cuda")
@@ -338,14 +338,16 @@ def test_tensors_that_begin_anywhere_run_stepwise_or_not_at_all(tier, monkeypatc
         pytest.param({"hidden": 2**31}, "hidden is 2147483648", id="huge"),
         pytest.param({"w_hh": 0}, "w_hh is a null pointer", id="null-weights"),
         pytest.param({"saved": 0}, "saved is a null pointer", id="null-saved"),
+        pytest.param({"concurrent": 0}, "concurrent is 0", id="one-of-none"),
         pytest.param({"device": 1}, "invalid device ordinal", id="absent-device"),
     ],
 )
 def test_wrong_native_arguments_are_named(device: Emulated, change, message: str) -> None:
     names = "dtype steps batch batch_sizes reverse hidden reset_before grad_output grad_h_n w_hh h0"
     names += " output saved dgates candidate dh0 device stream offsets workspace workspace_bytes"
-    arguments = dict.fromkeys([*names.split(), "tier", "allow_tf32"], 0)
-    arguments.update(steps=1, batch=1, hidden=1, **dict.fromkeys(("w_hh", "h0", "output"), 256))
+    arguments = dict.fromkeys([*names.split(), "tier", "allow_tf32", "concurrent"], 0)
+    ones = dict.fromkeys(("steps", "batch", "hidden", "concurrent"), 1)
+    arguments.update(**ones, **dict.fromkeys(("w_hh", "h0", "output"), 256))
     arguments.update(dict.fromkeys(("saved", "dgates", "candidate", "workspace"), 256))
     with pytest.raises((ValueError, RuntimeError), match=message):
         device.native.cuda_gru_backward(*{**arguments, **change}.values())

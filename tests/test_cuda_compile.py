@@ -184,6 +184,44 @@ def test_a_persistent_kernel_without_tensor_cores_or_publishing_is_a_violation()
     assert read(*weak).violations() == ["publishes nothing"]
 
 
+PLAIN = "grid_forward_kernel<GridForwardConfig<HeldFma<16>, LstmCell, 4, 1> >"
+
+
+def plain_step(*after: tuple[int, str]) -> tuple[str, ...]:
+    """STEP with plain multiply-adds, of the product and, behind the barrier, of the gates; with
+    more lines in front of some."""
+    step = [line.replace("HMMA.16816.F32.BF16", "FFMA") for line in STEP]
+    step.insert(PUBLISH, "FFMA R9, R88, R80, R9")
+    for index, line in after:
+        step.insert(index, line)
+    return tuple(step)
+
+
+def test_a_kernel_that_is_to_be_exact_multiplies_with_plain_multiply_adds() -> None:
+    assert read(*plain_step(), name=PLAIN).violations() == []
+    words = ["does not multiply with plain multiply-adds"]
+    assert read(*STEP, name=PLAIN).violations() == words
+    nothing = [line.replace("FFMA", "FADD") for line in plain_step()]
+    assert read(*nothing, name=PLAIN).violations() == words
+
+
+@pytest.mark.parametrize(
+    ("place", "is_violation"),
+    [
+        pytest.param(2, False, id="before-the-product"),
+        pytest.param(6, True, id="between-product-and-barrier"),
+        pytest.param(7, True, id="between-barrier-and-gates"),
+        pytest.param(PUBLISH + 1, True, id="between-gates-and-publishing"),
+        pytest.param(PUBLISH + 2, False, id="after-publishing"),
+    ],
+)
+def test_a_memory_barrier_is_found_among_plain_multiply_adds(
+    place: int, is_violation: bool
+) -> None:
+    kernel = read(*plain_step((place, "MEMBAR.ALL.GPU")), name=PLAIN)
+    assert kernel.barriers_before_publish == is_violation
+
+
 def test_a_cluster_kernel_publishes_into_its_neighbours_shared_memory() -> None:
     name = "cluster_forward_kernel<Config<Float16, 128, 4> >"
     assert read(*STEP, name=name).violations() == ["publishes nothing"]
@@ -196,6 +234,44 @@ def test_a_cluster_kernel_publishes_into_its_neighbours_shared_memory() -> None:
     assert read("EXIT", name=alone, arch="80").violations() == ["does not use tensor cores"]
 
 
+# A step of a cluster with plain multiply-adds: wait, product, sums of lanes, gates, publish.
+PLAIN_CLUSTER = "cluster_forward_kernel<ClusterForwardConfig<ClusterFma, LstmUnit, 128, 4> >"
+CLUSTER_STEP = (
+    ".L_x_0:",
+    "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R2+UR4], R3",
+    "@!P0 BRA `(.L_x_0)",
+    "FFMA R8, R12, R16, R8",
+    "SHFL.BFLY PT, R9, R8, 0x4, 0x1f",
+    "FFMA R9, R8, R9, R10",
+    "STAS.128 [R4.64], R8",
+    "STG.E desc[UR8][R10.64], R9",
+    "@P1 BRA `(.L_x_0)",
+    "EXIT",
+)
+
+
+@pytest.mark.parametrize(
+    ("place", "is_violation"),
+    [
+        pytest.param(0, False, id="before-the-loop"),
+        pytest.param(3, True, id="before-the-product"),
+        pytest.param(5, True, id="between-product-and-gates"),
+        pytest.param(6, True, id="between-gates-and-publishing"),
+        pytest.param(7, False, id="after-publishing"),
+    ],
+)
+def test_a_memory_barrier_is_found_between_a_clusters_wait_and_publishing(
+    place: int, is_violation: bool
+) -> None:
+    step = (*CLUSTER_STEP[:place], "MEMBAR.ALL.GPU", *CLUSTER_STEP[place:])
+    assert read(*step, name=PLAIN_CLUSTER).barriers_before_publish == is_violation
+
+
+def test_the_last_meeting_of_a_cluster_may_wait_for_memory() -> None:
+    end = ("MEMBAR.ALL.GPU", "UCGABAR_ARV", "BAR.SYNC.DEFER_BLOCKING 0x0", "EXIT")
+    assert read(*CLUSTER_STEP[:-1], *end, name=PLAIN_CLUSTER).violations() == []
+
+
 def test_a_kernel_has_a_body_wherever_its_shared_memory_fits() -> None:
     name = "grid_forward_kernel<GridForwardConfig<TensorCore16<Bf16>, LstmCell, {}, 1> >"
     for arch in ("86", "89", "120"):
@@ -203,6 +279,10 @@ def test_a_kernel_has_a_body_wherever_its_shared_memory_fits() -> None:
         assert read("EXIT", name=name.format(6), arch=arch).violations() != []
     for arch in ("80", "90a", "100"):
         assert read("EXIT", name=name.format(8), arch=arch).violations() != []
+    exact = "grid_forward_kernel<GridForwardConfig<HeldFma<16>, GruAfterCell, {}, 1> >"
+    assert read("EXIT", name=exact.format(8), arch="86").violations() == []
+    assert read("EXIT", name=exact.format(6), arch="86").violations() != []
+    assert read("EXIT", name=exact.format(8), arch="90a").violations() != []
 
 
 @pytest.mark.parametrize(("arch", "is_violation"), [("90a", True), ("80", True), ("86", False)])
@@ -249,7 +329,13 @@ def chosen() -> list[tuple[Path, str]]:
     product. `make compile-check` leaves nothing out.
     """
     usual = [source for source in LAUNCHERS if not source.stem.endswith("_f16")]
-    sample = [source for source in usual if source.stem.endswith(("lstm_bf16", "stepwise_f32"))]
+    sample = [
+        source
+        for source in usual
+        if source.stem.endswith(
+            ("lstm_bf16", "stepwise_f32", "grid_forward_lstm_f32", "cluster_lstm_f32")
+        )
+    ]
     return [*((source, "90a") for source in usual), *((source, "80") for source in sample)]
 
 

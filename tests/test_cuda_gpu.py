@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from cuda_emulated import Emulated
 from recurrence_cases import (
     CELLS,
@@ -25,7 +26,7 @@ from recurrence_cases import (
 from torch import Tensor, nn
 
 import rnnlm_kernels
-from rnnlm_kernels.backends import cuda
+from rnnlm_kernels.backends import cuda, streams
 from rnnlm_kernels.bench.workload import Workload
 from rnnlm_kernels.check import check_problem
 
@@ -228,6 +229,167 @@ def test_layers_on_several_streams_do_not_disturb_each_other(tier: str) -> None:
             torch.cuda.synchronize()
             for mine, theirs in zip(found, expected, strict=True):
                 assert all(map(torch.equal, mine, theirs))
+
+
+# --- two directions side by side ----------------------------------------------------------------
+
+
+@contextmanager
+def directions(*, side_by_side: bool) -> Iterator[None]:
+    """The plan's answer of how the directions of a layer run."""
+    with mock.patch.object(cuda, "_directions", return_value={"side_by_side": side_by_side}):
+        yield
+
+
+def both_ways(
+    kind: str, tier: str, lengths: tuple[int, ...] | None = None, num_layers: int = 2
+) -> tuple[nn.Module, Any]:
+    """A bidirectional module, and an input of 40 steps and 21 rows."""
+    needs(tier, WIDE[tier])
+    torch.manual_seed(0)
+    options = {"num_layers": num_layers, "bidirectional": True, "backend": "cuda"}
+    net = getattr(rnnlm_kernels, kind)(16, WIDE[tier], **options).cuda().to(BF16)
+    x: Any = torch.randn(40, 21, 16, device="cuda", dtype=BF16)
+    if lengths is not None:
+        x = nn.utils.rnn.pack_padded_sequence(x, list(lengths))
+    return net, x
+
+
+def results_of(net: Callable[..., Any], x: Any) -> list[Tensor]:
+    output, states = net(x)
+    data = output.data if isinstance(output, nn.utils.rnn.PackedSequence) else output
+    return [data, *(states if isinstance(states, tuple) else (states,))]
+
+
+def train(net: nn.Module, x: Any, slopes: list[Tensor]) -> dict[str, Tensor]:
+    """Outputs, final states and the gradients of all parameters."""
+    net.zero_grad(set_to_none=True)
+    results = results_of(net, x)
+    torch.autograd.backward(results, slopes)
+    found = {str(i): t.detach().clone() for i, t in enumerate(results)}
+    return {**found, **{name: p.grad.clone() for name, p in net.named_parameters()}}
+
+
+def slopes_of(net: nn.Module, x: Any) -> list[Tensor]:
+    with torch.no_grad():
+        return cotangents(results_of(net, x))
+
+
+both_kinds = pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+
+
+@every_tier
+@pytest.mark.parametrize(
+    "lengths", [None, (40,) * 9 + (13,) * 8 + (1,) * 4], ids=["dense", "packed"]
+)
+@both_kinds
+def test_side_by_side_is_bit_for_bit_in_turn(kind: str, lengths, tier: str) -> None:
+    net, x = both_ways(kind, tier, lengths)
+    with on_gpu(tier):
+        slopes = slopes_of(net, x)
+        with directions(side_by_side=False):
+            expected = train(net, x, slopes)
+        with directions(side_by_side=True):
+            for _ in range(5):
+                assert_same_bits(train(net, x, slopes), expected)
+
+
+@every_tier
+def test_side_by_side_on_a_stream_of_the_user(tier: str) -> None:
+    net, x = both_ways("LSTM", tier)
+    stream = torch.cuda.Stream()
+    with on_gpu(tier):
+        slopes = slopes_of(net, x)
+        with directions(side_by_side=False):
+            expected = train(net, x, slopes)
+        stream.wait_stream(torch.cuda.current_stream())
+        with directions(side_by_side=True), torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000_000)  # whoever does not wait for this reads the wrong input
+            found = train(net, x * 1, slopes)
+        torch.cuda.current_stream().wait_stream(stream)
+        assert_same_bits(found, expected)
+
+
+@every_tier
+def test_side_by_side_memory_is_not_taken_too_early(tier: str) -> None:
+    """Directions that are late, tensors that nobody holds any more, and others that want memory."""
+    net, x = both_ways("GRU", tier)
+    with on_gpu(tier):
+        slopes = slopes_of(net, x)
+        with directions(side_by_side=False):
+            expected = train(net, x, slopes)
+        with directions(side_by_side=True):
+            for i in range(10):
+                for pair in streams._pairs.values():
+                    for late in pair.streams[i % 2 :]:
+                        with torch.cuda.stream(late):
+                            torch.cuda._sleep(10_000_000)
+                found = train(net, x.clone(), slopes)
+                for size in (x.numel(), 21 * 40 * WIDE[tier], 21 * 40 * 2 * WIDE[tier]):
+                    torch.full((size,), float("nan"), device="cuda", dtype=BF16)
+                assert_same_bits(found, expected)
+                del found
+                torch.cuda.empty_cache()
+
+
+@every_tier
+def test_side_by_side_is_captured_and_replayed(tier: str) -> None:
+    net, x = both_ways("LSTM", tier)
+    with on_gpu(tier), directions(side_by_side=True):
+        slopes = slopes_of(net, x)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            train(net, x, slopes)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            static = train(net, x, slopes)
+        for seed in (1, 2):
+            x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
+            graph.replay()
+            found = {name: t.clone() for name, t in static.items()}
+            assert_same_bits(found, train(net, x, slopes))
+
+
+def test_a_checkpoint_computes_again_in_turn() -> None:
+    net, x = both_ways("LSTM", "stepwise")
+    with on_gpu("stepwise"), directions(side_by_side=True):
+        slopes = slopes_of(net, x)
+        expected = train(net, x, slopes)
+        net.zero_grad(set_to_none=True)
+        results = torch.utils.checkpoint.checkpoint(results_of, net, x, use_reentrant=False)
+        torch.autograd.backward(results, slopes)
+        for name, p in net.named_parameters():
+            assert torch.equal(p.grad, expected[name]), name
+
+
+@every_tier
+def test_one_direction_does_not_wait_for_the_other(tier: str) -> None:
+    net, x = both_ways("GRU", tier, num_layers=1)
+    with on_gpu(tier), directions(side_by_side=True), torch.no_grad():
+        net(x)
+        caller = torch.cuda.current_stream()
+        late, other = streams._pairs[caller.device_index, caller.cuda_stream].streams
+        torch.cuda.synchronize()
+        with torch.cuda.stream(late):
+            torch.cuda._sleep(400_000_000)
+        net(x)
+        other.synchronize()
+        assert not late.query()
+        assert not caller.query()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@every_tier
+def test_side_by_side_on_a_device_that_is_not_the_current_one(tier: str) -> None:
+    net, x = both_ways("GRU", tier)
+    with on_gpu(tier), directions(side_by_side=True):
+        slopes = slopes_of(net, x)
+        expected = train(net, x, slopes)
+        found = train(net.to("cuda:1"), x.to("cuda:1"), [t.to("cuda:1") for t in slopes])
+        assert torch.cuda.current_device() == 0
+        assert_same_bits({name: t.to("cuda:0") for name, t in found.items()}, expected)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -35,9 +35,12 @@ from rnnlm_kernels.options import RecurrenceOptions
 
 pytestmark = needs_emulator
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# One that tensor cores multiply, and the one that plain multiply-adds do.
+TWO_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 every_cell = pytest.mark.parametrize("cell", CELLS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+two_dtypes = pytest.mark.parametrize("dtype", TWO_DTYPES.values(), ids=TWO_DTYPES)
 
 UNITS = 16  # of a CTA
 
@@ -141,6 +144,83 @@ def test_layouts_are_near_the_oracle(cell: str, size: tuple[int, int, int, int])
     check(scaled(cell, *shape), torch.bfloat16, sms=sms)
 
 
+# Of float32 a fragment is 16 k of a tensor core or 32 of plain multiply-adds: one, not full; two;
+# tiles of 16 rows, where there are such; and so many that some wait in shared memory.
+FLOAT32_SIZES = {
+    "variants": (4, 9, 40, 6),
+    "all-warps-and-rest": (2, 3, 136, 9),
+    "tiles-of-16-rows": (2, 40, 264, 17),
+    "partly-in-shared-memory": (2, 2, 776, 49),
+}
+
+
+def float32_problem(cell: str, size: tuple[int, int, int, int]) -> tuple[Layer, int]:
+    *shape, sms = size
+    packed = {"lengths": (5, 5, 4) + (2,) * 9, "reverse": True} if shape[1] == 9 else {}
+    return scaled(cell, *shape, **packed), sms
+
+
+# Plain multiply-adds have tiles of 8 rows only.
+@pytest.mark.parametrize("size", [n for n in FLOAT32_SIZES if n != "tiles-of-16-rows"])
+@every_cell
+def test_float32_is_exact_where_tf32_is_not_allowed(cell: str, size: str) -> None:
+    problem, sms = float32_problem(cell, FLOAT32_SIZES[size])
+    check(problem, torch.float32, sms=sms)
+
+
+@pytest.mark.parametrize("batch", range(1, 10))
+@every_cell
+def test_any_number_of_rows_of_a_tile_is_near_the_oracle(cell: str, batch: int) -> None:
+    """Plain multiply-adds compute 1, 2, 4 or 8, and share them out among groups one by one."""
+    for sms in (3, 6):
+        check(scaled(cell, 3, batch, 40), torch.float32, sms=sms)
+
+
+@pytest.mark.parametrize("hidden", [264, 520])
+@every_cell
+def test_parts_of_the_weights_meet_within_a_load_of_one_row(cell: str, hidden: int) -> None:
+    """A load of one row spans four fragments, of which a GRU has two or three kinds."""
+    check(scaled(cell, 2, 1, hidden), torch.float32, sms=33)
+
+
+@pytest.mark.parametrize("size", FLOAT32_SIZES.values(), ids=FLOAT32_SIZES)
+@every_cell
+def test_float32_is_rounded_to_tf32_where_that_is_allowed(
+    cell: str, size: tuple[int, int, int, int]
+) -> None:
+    problem, sms = float32_problem(cell, size)
+    problem = problem.to(torch.float32)
+    names = states(problem)
+    exact, found = (gradients(problem, names, sms=sms, allow_tf32=tf32) for tf32 in (False, True))
+    for name, value in exact.items():
+        error = (found[name] - value).abs().max()
+        assert error < 4e-3 * value.abs().max().clamp(min=1), name
+    assert (found["h0"] - exact["h0"]).abs().max() > 1e-6 * exact["h0"].abs().max()
+
+
+@every_cell
+def test_exact_float32_errs_no_more_than_twice_as_much_as_torch(cell: str) -> None:
+    problem = scaled(cell, 4, 5, 520).to(torch.float32)
+    exact, of_torch = (
+        torch.autograd.grad(outputs, leaves.get("h0"), slopes(outputs))[0].double()
+        for leaves in (problem.to(torch.float64).leaves(), problem.leaves())
+        for outputs in [leaves.refer()[:1]]
+    )
+    found = gradients(problem, ["h0"], results=[0], sms=33)["h0"].double()
+    error, error_of_torch = ((h - exact).square().mean().sqrt() for h in (found, of_torch))
+    assert error <= 2 * error_of_torch
+
+
+@every_cell
+def test_float64_is_refused(cell: str) -> None:
+    words = "bfloat16, float16 and float32"
+    with emulated("grid"):
+        leaves = stepwise_forward(layer(cell, H=24)).leaves()
+        outputs = leaves.call(backend="cuda")
+        with pytest.raises(NotImplementedError, match=words):
+            torch.autograd.grad(outputs, leaves.present, slopes(outputs))
+
+
 @pytest.mark.slow
 @every_cell
 def test_weights_partly_in_shared_memory_count_like_the_others(cell: str) -> None:
@@ -154,15 +234,16 @@ def test_weights_partly_in_shared_memory_count_like_the_others(cell: str) -> Non
         assert error <= 4 * torch.finfo(torch.float16).eps * expected[name].abs().max(), name
 
 
+@two_dtypes
 @pytest.mark.parametrize("sms", [2, 6], ids=["passes", "groups"])
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @every_cell
 def test_rows_that_begin_late_or_end_early_are_near_the_oracle(
-    cell: str, reverse: bool, sms: int
+    cell: str, reverse: bool, sms: int, dtype: torch.dtype
 ) -> None:
     """Passes and whole groups without a row in some steps."""
     lengths = (6, 6, 5) + (4,) * 7 + (2,) * 8 + (1,) * 7
-    check(layer(cell, H=24, lengths=lengths, reverse=reverse), torch.bfloat16, sms=sms)
+    check(layer(cell, H=24, lengths=lengths, reverse=reverse), dtype, sms=sms)
 
 
 @st.composite
@@ -195,7 +276,8 @@ def test_gradients_are_those_of_the_stepwise_tier(cell: str, dtype: torch.dtype)
     for name, value in gradients(problem, sms=6).items():
         error = (value.float() - expected[name].float()).abs().max()
         scale = expected[name].abs().max().clamp(min=1)
-        assert error <= 4 * torch.finfo(dtype).eps * scale, name
+        limit = (16 if dtype is torch.float32 else 4) * torch.finfo(dtype).eps
+        assert error <= limit * scale, name
 
 
 RESULTS = {"output": 0, "h_n": 1, "c_n": 2, "cells": 3}
@@ -216,11 +298,14 @@ def test_results_that_nobody_uses_have_no_gradient(cell: str, result: str) -> No
         assert error <= 16 * torch.finfo(torch.bfloat16).eps * other.abs().max().clamp(min=1), name
 
 
+@two_dtypes
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @every_cell
-def test_an_initial_state_that_needs_no_gradient_changes_no_other(cell: str, reverse: bool) -> None:
+def test_an_initial_state_that_needs_no_gradient_changes_no_other(
+    cell: str, reverse: bool, dtype: torch.dtype
+) -> None:
     problem = layer(cell, H=24, lengths=(4, 2, 2, 1) + (1,) * 9, reverse=reverse)
-    problem = problem.to(torch.bfloat16)
+    problem = problem.to(dtype)
     everything = gradients(problem, sms=2)
     others = [name for name in everything if name not in states(problem)]
     found = gradients(problem, others, sms=2)
@@ -240,10 +325,13 @@ def test_gradients_do_not_depend_on_the_schedule(cell: str, dtype: torch.dtype) 
         assert_same_bits(other, first)
 
 
+@two_dtypes
 @every_cell
-def test_a_row_does_not_depend_on_the_others_or_on_the_layout(cell: str) -> None:
+def test_a_row_does_not_depend_on_the_others_or_on_the_layout(
+    cell: str, dtype: torch.dtype
+) -> None:
     # One input feature and no bias: the projection of x is the same bits for any number of rows.
-    problem = layer(cell, 3, 40, 1, 24, bias=False).to(torch.bfloat16)
+    problem = layer(cell, 3, 40, 1, 24, bias=False).to(dtype)
     names = states(problem)
     together = gradients(problem, names, sms=2)
     assert_same_bits(gradients(problem, names, sms=6), together)
@@ -281,26 +369,28 @@ def test_nan_stays_in_its_row_and_travels_back(cell: str, dtype: torch.dtype) ->
 def test_words_that_look_as_if_they_had_not_arrived_are_not_waited_for(
     cell: str, dtype: torch.dtype
 ) -> None:
-    """0xFFFF is a NaN of either dtype, and two are what an empty place of a message holds."""
+    """0xFFFF is a NaN of 16 bits, 0xFFFFFFFF of 32: what an empty place of a message holds."""
     problem = layer(cell, 3, 9, 3, 40).to(dtype)
-    ones = torch.full((3, 9, 40), -1, dtype=torch.int16).view(dtype)
+    integer = torch.int32 if dtype is torch.float32 else torch.int16
+    ones = torch.full((3, 9, 40), -1, dtype=integer).view(dtype)
     found = gradients(problem, results=[0], grads=[ones])
     assert all(value.isnan().all() for value in found.values())
 
 
+@two_dtypes
 @every_cell
-def test_the_first_step_of_a_row_needs_no_weights(cell: str) -> None:
+def test_the_first_step_of_a_row_needs_no_weights(cell: str, dtype: torch.dtype) -> None:
     """Its gates' gradients are right even where the weights are NaN and other rows, which have come
     further, meet them."""
     hidden, gates = 24, 4 if cell == "lstm" else 3
     batch_sizes = torch.tensor([2, 1, 1])  # row 0 of step 0, row 1, rows 0 of steps 1 and 2
     options = RecurrenceOptions(reset="before" if cell == "gru-before" else "after", packed=True)
 
-    def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(*shape, generator=generator).to(dtype)
 
     generator = torch.Generator().manual_seed(0)
-    weights = torch.full((gates * hidden, hidden), torch.nan, dtype=torch.bfloat16)
+    weights = torch.full((gates * hidden, hidden), torch.nan, dtype=dtype)
     h0, c0, output = random(2, hidden), random(2, hidden), random(4, hidden)
     saved = random(4, (3 if options.reset == "before" else 4) * hidden)
     dgates, candidate = random(4, gates * hidden), random(4, hidden)
@@ -317,12 +407,13 @@ def test_the_first_step_of_a_row_needs_no_weights(cell: str) -> None:
     assert dgates[[1, 3]].isfinite().all()
 
 
+@two_dtypes
 @every_cell
 @pytest.mark.parametrize("lengths", [None, (5,) * 5 + (3,) * 12], ids=["dense", "packed"])
 def test_a_lost_message_ends_the_launch_and_spoils_all_gradients(
-    cell: str, lengths: tuple[int, ...] | None
+    cell: str, lengths: tuple[int, ...] | None, dtype: torch.dtype
 ) -> None:
-    problem = layer(cell, 5, 17, 3, 40, lengths=lengths).to(torch.bfloat16)
+    problem = layer(cell, 5, 17, 3, 40, lengths=lengths).to(dtype)
     for seed in (1, 2, 3):
         with emulated("grid", drop=50, seed=seed, sms=6, wait_polls=2000) as device:
             leaves = stepwise_forward(problem).leaves()

@@ -29,9 +29,12 @@ from torch import Tensor
 
 pytestmark = needs_emulator
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# One that tensor cores multiply, and the one that plain multiply-adds do.
+TWO_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 every_cell = pytest.mark.parametrize("cell", CELLS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+two_dtypes = pytest.mark.parametrize("dtype", TWO_DTYPES.values(), ids=TWO_DTYPES)
 
 UNITS = 16  # of a CTA
 
@@ -120,15 +123,16 @@ def test_the_widest_layers_are_near_the_oracle(cell: str, hidden: int) -> None:
     check(scaled(cell, 2, 1, hidden), torch.bfloat16, sms=132)
 
 
+@two_dtypes
 @pytest.mark.parametrize("sms", [2, 6], ids=["passes", "groups"])
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @every_cell
 def test_rows_that_begin_late_or_end_early_are_near_the_oracle(
-    cell: str, reverse: bool, sms: int
+    cell: str, reverse: bool, sms: int, dtype: torch.dtype
 ) -> None:
     """Passes and whole groups without a row in some steps."""
     lengths = (6, 6, 5) + (4,) * 7 + (2,) * 8 + (1,) * 7
-    check(layer(cell, H=24, lengths=lengths, reverse=reverse), torch.bfloat16, sms=sms)
+    check(layer(cell, H=24, lengths=lengths, reverse=reverse), dtype, sms=sms)
 
 
 @st.composite
@@ -152,9 +156,9 @@ def test_any_sizes_and_options_agree_with_the_float64_reference(
     check(problem, dtype, sms=ctas * groups, seed=seed)
 
 
-# Fragments are of 16 k here: one; two, not all full; four and wide tiles; six; and so many that
-# some wait in shared memory.
-TF32_SIZES = {
+# Fragments of float32 are of 16 k: one; two, not all full; four and wide tiles; six; and so many
+# that some wait in shared memory.
+FLOAT32_SIZES = {
     "variants": (4, 9, 40, 6),
     "all-warps-and-rest": (2, 3, 136, 9),
     "tiles-of-16-rows": (2, 40, 264, 17),
@@ -163,7 +167,7 @@ TF32_SIZES = {
 }
 
 
-@pytest.mark.parametrize("size", TF32_SIZES.values(), ids=TF32_SIZES)
+@pytest.mark.parametrize("size", FLOAT32_SIZES.values(), ids=FLOAT32_SIZES)
 @every_cell
 def test_float32_is_rounded_to_tf32_where_that_is_allowed(
     cell: str, size: tuple[int, int, int, int]
@@ -181,10 +185,41 @@ def test_float32_is_rounded_to_tf32_where_that_is_allowed(
     assert (found["output"] - exact["output"]).abs().max() > 1e-6
 
 
+@pytest.mark.parametrize("size", FLOAT32_SIZES.values(), ids=FLOAT32_SIZES)
 @every_cell
-def test_float32_is_refused_where_tf32_is_not_allowed(cell: str) -> None:
-    with emulated("grid"), pytest.raises(NotImplementedError, match="bfloat16 and float16"):
-        layer(cell, H=24).to(torch.float32).call(backend="cuda")
+def test_float32_is_exact_where_tf32_is_not_allowed(
+    cell: str, size: tuple[int, int, int, int]
+) -> None:
+    *shape, sms = size
+    packed = {"lengths": (5, 5, 4) + (2,) * 9, "reverse": True} if shape[1] == 9 else {}
+    check(scaled(cell, *shape, **packed), torch.float32, sms=sms)
+
+
+@pytest.mark.parametrize("batch", range(1, 10))
+@every_cell
+def test_any_number_of_rows_of_a_tile_is_near_the_oracle(cell: str, batch: int) -> None:
+    """Plain multiply-adds leave out the rows that do not exist, and share them out among groups
+    one by one."""
+    for sms in (3, 6):
+        check(scaled(cell, 2, batch, 40), torch.float32, sms=sms)
+
+
+@every_cell
+def test_exact_float32_errs_no_more_than_twice_as_much_as_torch(cell: str) -> None:
+    problem = scaled(cell, 4, 5, 520).to(torch.float32)
+    exact = problem.to(torch.float64).refer()[0]
+    error, of_torch = (
+        (output.double() - exact).square().mean().sqrt()
+        for output in (inference(problem, sms=33)["output"], problem.refer()[0])
+    )
+    assert error <= 2 * of_torch
+
+
+@every_cell
+def test_float64_is_refused(cell: str) -> None:
+    words = "bfloat16, float16 and float32"
+    with emulated("grid"), pytest.raises(NotImplementedError, match=words):
+        layer(cell, H=24).call(backend="cuda")
 
 
 @every_dtype
@@ -198,7 +233,8 @@ def test_results_are_those_of_the_stepwise_tier(cell: str, dtype: torch.dtype) -
         expected = problem.call(backend="cuda")
     for (name, value), other in zip(found.items(), expected, strict=True):
         error = (value.float() - other.float()).abs().max()
-        assert error <= 2 * torch.finfo(dtype).eps * other.abs().max().clamp(min=1), name
+        limit = (8 if dtype is torch.float32 else 2) * torch.finfo(dtype).eps
+        assert error <= limit * other.abs().max().clamp(min=1), name
 
 
 # --- the same bits ------------------------------------------------------------------------------
@@ -214,14 +250,17 @@ def test_results_do_not_depend_on_the_schedule(cell: str, dtype: torch.dtype) ->
         assert_same_bits(other, first)
 
 
+@two_dtypes
 @every_cell
-def test_a_row_does_not_depend_on_the_others_or_on_the_layout(cell: str) -> None:
+def test_a_row_does_not_depend_on_the_others_or_on_the_layout(
+    cell: str, dtype: torch.dtype
+) -> None:
     # One input feature and no bias: the projection of x is the same bits for any number of rows.
-    problem = layer(cell, 3, 40, 1, 24, bias=False).to(torch.bfloat16)
+    problem = layer(cell, 3, 40, 1, 24, bias=False).to(dtype)
     together = inference(problem, sms=2)
     assert_same_bits(inference(problem, sms=6), together)
     of_rows = [n for n in ("x", "h0", "c0") if n in problem.names]
-    for row in (0, 7, 39):
+    for row in (0, 2, 7, 39):
         alone = problem.having(**{n: problem.get(n)[..., row : row + 1, :] for n in of_rows})
         for name, value in inference(alone, sms=2).items():
             assert torch.equal(value, together[name][..., row : row + 1, :]), name
@@ -260,11 +299,12 @@ def test_nan_stays_in_its_row_and_travels_on(cell: str, dtype: torch.dtype) -> N
 def test_words_that_look_as_if_they_had_not_arrived_are_not_waited_for(
     cell: str, dtype: torch.dtype
 ) -> None:
-    """0xFFFF is a NaN of either dtype, and two are what an empty place of a message holds."""
+    """0xFFFF is a NaN of 16 bits, 0xFFFFFFFF of 32: what an empty place of a message holds."""
     problem = layer(cell, 3, 9, 3, 40).to(dtype)
 
     def of_ones(tensor: Tensor) -> Tensor:
-        return torch.full_like(tensor.view(torch.int16), -1).view(dtype)
+        integer = torch.int32 if dtype is torch.float32 else torch.int16
+        return torch.full_like(tensor.view(integer), -1).view(dtype)
 
     for name in ("h0", "x", "w_hh"):
         results = inference(problem.having(**{name: of_ones(problem.get(name))}))
@@ -272,12 +312,13 @@ def test_words_that_look_as_if_they_had_not_arrived_are_not_waited_for(
         assert results["h_n"].isnan().all()
 
 
+@two_dtypes
 @every_cell
 @pytest.mark.parametrize("lengths", [None, (5,) * 5 + (3,) * 12], ids=["dense", "packed"])
 def test_a_lost_message_ends_the_launch_and_spoils_all_results(
-    cell: str, lengths: tuple[int, ...] | None
+    cell: str, lengths: tuple[int, ...] | None, dtype: torch.dtype
 ) -> None:
-    problem = layer(cell, 5, 17, 3, 40, lengths=lengths).to(torch.bfloat16)
+    problem = layer(cell, 5, 17, 3, 40, lengths=lengths).to(dtype)
     for seed in (1, 2, 3):
         with (
             emulated("grid", drop=50, seed=seed, sms=6, wait_polls=2000) as device,

@@ -4,6 +4,7 @@ GPU is needed to know what one would do (csrc/launch/plan.cpp)."""
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -55,10 +56,30 @@ def plan(
     proj: int = 0,
     on: dict[str, Any] = DEVICES["h100"],
     tier: str = "auto",
+    concurrent: int = 1,
+    tf32: bool = False,
 ) -> dict[str, Any]:
     return native.cuda_plan(
-        *(CELLS[cell], backward, DTYPES[dtype], T, B, H, proj, T * B, False, False),
-        *(on, TIERS.index(tier)),
+        *(CELLS[cell], backward, DTYPES[dtype], T, B, H, proj, T * B, False, tf32),
+        *(on, TIERS.index(tier), concurrent),
+    )
+
+
+def directions(
+    cell: str = "lstm",
+    T: int = 512,
+    B: int = 16,
+    H: int = 1024,
+    *,
+    dtype: str = "bfloat16",
+    on: dict[str, Any] = DEVICES["h100"],
+    tier: str = "auto",
+    trains: bool = False,
+    replayed: bool = False,
+) -> dict[str, Any]:
+    return native.cuda_directions(
+        *(CELLS[cell], DTYPES[dtype], T, B, H, 0, T * B, False, False),
+        *(on, TIERS.index(tier), trains, replayed),
     )
 
 
@@ -96,9 +117,108 @@ def test_expected_tiers(name: str, batch: int, hidden: int, tier: str) -> None:
     assert plan(B=batch, H=hidden, on=DEVICES[name])["tier"] == tier
 
 
+# [B, H, whether TF32 is allowed, whether the grid tier's forecast and that of stepwise say that
+# float32 had better run in the grid tier, forward and backward].
+FLOAT32 = [
+    (1, 256, False, (True, True)),
+    (8, 512, False, (True, True)),
+    (8, 1024, False, (True, True)),  # two groups of 4 rows
+    (64, 1024, False, (False, False)),  # as many multiply-adds on fewer SMs
+    (16, 1024, True, (True, False)),
+    (64, 1024, True, (True, False)),
+    (1, 1024, True, (True, True)),
+]
+
+
+@pytest.mark.parametrize(
+    ("batch", "hidden", "tf32", "pays"),
+    [pytest.param(*c, id=f"B{c[0]}-H{c[1]}-{'tf32' if c[2] else 'exact'}") for c in FLOAT32],
+)
+def test_float32_runs_in_the_grid_tier_where_that_pays(
+    batch: int, hidden: int, tf32: bool, pays: tuple[bool, bool]
+) -> None:
+    for backward in (False, True):
+        found = plan(B=batch, H=hidden, dtype="float32", tf32=tf32, backward=backward)["forecasts"]
+        assert found["grid"]["able"]
+        us = {tier: found[tier]["us_per_step"] for tier in ("grid", "stepwise")}
+        assert (us["grid"] < 0.8 * us["stepwise"]) == pays[backward], us
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_exact_float32_computes_only_the_rows_that_there_are(cell: str, backward: bool) -> None:
+    """Tensor cores multiply 8 rows or none; plain multiply-adds cost what they are."""
+
+    def us(batch: int, tf32: bool) -> float:
+        problem = {"cell": cell, "B": batch, "H": 1024, "dtype": "float32", "backward": backward}
+        return plan(**problem, tf32=tf32, tier="grid")["forecasts"]["grid"]["us_per_step"]
+
+    assert us(1, True) == us(8, True)
+    assert us(1, False) < 0.8 * us(8, False)
+    # 132 SMs hold two groups of 64, each with a row: nothing to add but traffic.
+    assert us(2, False) < 1.1 * us(1, False)
+
+
+# tier and H of float32: CTAs of a cluster on an H100 for 8 rows or more where TF32 is forbidden and
+# where it is allowed, and whether tensor cores compute it then.
+CLUSTER_FLOAT32 = {
+    ("block", 40): (1, 1, True),
+    ("block", 64): (1, 1, True),
+    ("cluster", 104): (4, 4, True),
+    ("cluster", 136): (8, 8, True),
+    ("cluster", 256): (8, 8, True),
+    ("cluster", 264): (16, 16, False),  # tiles have no room
+    ("cluster", 512): (16, 16, False),
+}
+
+
+@pytest.mark.parametrize(
+    ("tier", "hidden", "expected"),
+    [(*key, expected) for key, expected in CLUSTER_FLOAT32.items()],
+    ids=[f"{tier}-H{hidden}" for tier, hidden in CLUSTER_FLOAT32],
+)
+@pytest.mark.parametrize("cell", CELLS)
+def test_builds_of_float32(cell: str, tier: str, hidden: int, expected) -> None:
+    exact, allowed = (
+        plan(cell, H=hidden, dtype="float32", tf32=tf32, tier=tier)[tier] for tf32 in (False, True)
+    )
+    assert (exact["ctas"], allowed["ctas"], allowed["tf32"]) == expected
+    assert not exact["tf32"]
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(("tier", "hidden"), [("block", 64), ("cluster", 128), ("cluster", 256)])
+@pytest.mark.parametrize("cell", CELLS)
+def test_clusters_of_exact_float32_compute_only_the_rows_that_there_are(
+    cell: str, tier: str, hidden: int, backward: bool
+) -> None:
+    def us(batch: int, tf32: bool) -> float:
+        problem = {"cell": cell, "B": batch, "H": hidden, "backward": backward}
+        found = plan(**problem, dtype="float32", tf32=tf32, tier=tier)
+        return found["forecasts"][tier]["us_per_step"]
+
+    assert us(1, False) < 0.7 * us(8, False)
+    assert us(8, False) == us(16, False)  # other rows have another cluster
+    for batch in (1, 8):
+        assert us(batch, True) <= us(batch, False)
+    assert us(8, True) < us(8, False)
+
+
 OBSTACLES = {
-    "float32": ({"dtype": "float32"}, PERSISTENT, "bfloat16 and float16"),
-    "float64": ({"dtype": "float64"}, PERSISTENT, "bfloat16 and float16"),
+    "float32-beyond-a-cta": ({"dtype": "float32", "H": 72}, ("block",), "above what it holds"),
+    "little-shared-memory-for-clusters-of-float32": (
+        {"dtype": "float32", "H": 256, "on": DEVICES["rtx-5090"]},
+        ("cluster",),
+        "shared memory",
+    ),
+    "float64": ({"dtype": "float64"}, PERSISTENT, "bfloat16, float16 and float32"),
+    "wide-float32": ({"dtype": "float32", "H": 1032}, ("grid",), "above 1024"),
+    "wide-tf32": ({"dtype": "float32", "H": 1032, "tf32": True}, ("grid",), "above 1024"),
+    "little-shared-memory-for-float32": (
+        {"dtype": "float32", "on": DEVICES["a100"]},
+        ("grid",),
+        "shared memory",
+    ),
     "projection": ({"proj": 64}, PERSISTENT, "projection"),
     "odd-hidden": ({"H": 100}, PERSISTENT, "multiple of 8"),
     "wide": ({"H": 2056}, ("grid",), "above 2048"),
@@ -182,13 +302,15 @@ def test_every_row_is_computed_once_and_the_device_can_hold_what_waits(problem, 
     for tier, shape in shapes(problem, on).items():
         ctas, rows = shape["ctas"], shape["rows"]
         parts = shape["groups" if tier == "grid" else "clusters"]
-        assert rows % 8 == 0
+        is_exact = tier == "grid" and problem["dtype"] == "float32"
+        assert rows % (1 if is_exact else 8) == 0
         assert (parts - 1) * rows < batch <= parts * rows
         if tier == "grid":
             assert on["cooperative"]
             assert ctas * parts <= on["sms"]
             assert 16 * (ctas - 1) < hidden <= 16 * ctas
-            assert hidden <= 256 * shape["fragments"]
+            width = 128 if problem["dtype"] == "float32" else 256
+            assert hidden <= width * shape["fragments"]
         else:
             assert ctas <= (1 if tier == "block" else 16)
             assert ctas <= on["sms"]
@@ -233,6 +355,99 @@ def test_more_rows_never_make_a_step_cheaper(problem, on, more: int) -> None:
 def test_the_choice_is_the_same_for_both_16_bit_dtypes(problem, on) -> None:
     one, other = (plan(**{**problem, "dtype": d}, on=on) for d in ("bfloat16", "float16"))
     assert one == other
+
+
+# --- two directions ------------------------------------------------------------------------------
+
+# device: [(B, H, dtype, whether the directions of an LSTM run side by side)]
+SIDE_BY_SIDE = {
+    "h100": [
+        (16, 64, "bfloat16", True),
+        (16, 128, "bfloat16", True),  # two clusters of 4 CTAs each
+        (16, 1024, "bfloat16", True),  # 64 CTAs each of 132 SMs
+        (128, 1024, "bfloat16", False),  # as fast with half of the SMs, and more to enqueue
+        (16, 1536, "bfloat16", False),  # 96 CTAs: the grid tier has room for one
+        (64, 2048, "bfloat16", True),  # stepwise: one fills the gaps of the other
+        (16, 512, "float64", True),
+        (16, 1536, "float32", False),  # the weights of both are more than L2 keeps
+    ],
+    "a100": [(16, 512, "bfloat16", True), (16, 1024, "bfloat16", False)],
+    "h100-shared-through-mps": [(16, 128, "bfloat16", True), (16, 320, "bfloat16", False)],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "hidden", "dtype", "expected"),
+    [
+        pytest.param(name, *case, id=f"{name}-B{case[0]}-H{case[1]}-{case[2]}")
+        for name, cases in SIDE_BY_SIDE.items()
+        for case in cases
+    ],
+)
+def test_expected_directions(name: str, batch: int, hidden: int, dtype: str, expected) -> None:
+    found = directions(B=batch, H=hidden, dtype=dtype, on=DEVICES[name])
+    assert found["side_by_side"] == expected
+
+
+def test_a_wanted_tier_without_room_for_two_runs_in_turn() -> None:
+    found = directions(H=2048, tier="grid")
+    assert found["us_side_by_side"] is None
+    assert not found["side_by_side"]
+    assert directions(H=1024, tier="grid")["side_by_side"]
+
+
+def test_a_graph_hides_what_the_host_needs() -> None:
+    """Small steps are enqueued one after the other; a replay has them all at once."""
+    small = {"H": 100, "B": 1}
+    assert plan(**small)["tier"] == "stepwise"
+    assert not directions(**small)["side_by_side"]
+    assert directions(**small, replayed=True)["side_by_side"]
+
+
+def test_no_launch_is_one_of_none() -> None:
+    with pytest.raises(ValueError, match="concurrent should be 1 or more"):
+        plan(concurrent=0)
+
+
+@given(problems, devices)
+def test_two_launches_fit_side_by_side(problem, on) -> None:
+    for tier in PERSISTENT:
+        found = plan(**problem, on=on, tier=tier, concurrent=2)
+        if found["tier"] == "grid":
+            assert 2 * found["grid"]["ctas"] * found["grid"]["groups"] <= on["sms"]
+        elif found["tier"] == "cluster":
+            assert 2 * found["cluster"]["ctas"] <= on["sms"]
+
+
+@given(problems, devices)
+def test_two_launches_take_longer_than_one(problem, on) -> None:
+    one, two = (plan(**problem, on=on, concurrent=n)["forecasts"] for n in (1, 2))
+    for tier in TIERS[1:]:
+        if one[tier]["able"] and two[tier]["able"]:
+            for cost in ("us_per_step", "us_per_call"):
+                assert two[tier][cost] >= 0.999 * one[tier][cost]
+
+
+@given(problems, devices, st.booleans(), st.sampled_from(TIERS))
+def test_directions_run_side_by_side_where_the_forecasts_say_so(problem, on, trains, tier) -> None:
+    given = {name: value for name, value in problem.items() if name != "backward"}
+    found = directions(**given, on=on, trains=trains, tier=tier)
+    us = {1: 0.0, 2: 0.0}
+    for concurrent, backward in itertools.product(us, (False, True)[: 1 + trains]):
+        one = plan(**given, backward=backward, on=on, tier=tier, concurrent=concurrent)
+        if one["tier"] is None:
+            us[concurrent] = math.inf
+            continue
+        cost = one["forecasts"][one["tier"]]
+        us[concurrent] += cost["us_per_call"] + given["T"] * cost["us_per_step"]
+    together, in_turn = us[2] + 20 * (1 + trains), 2 * us[1]
+    if math.isinf(together) or math.isinf(in_turn):
+        assert not found["side_by_side"]
+        assert found["us_side_by_side"] is None
+        return
+    assert found["us_side_by_side"] == pytest.approx(together)
+    assert found["us_in_turn"] == pytest.approx(in_turn)
+    assert found["side_by_side"] == (found["us_side_by_side"] <= found["us_in_turn"])
 
 
 # --- how long -----------------------------------------------------------------------------------

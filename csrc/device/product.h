@@ -79,6 +79,20 @@ struct TensorCoreTf32 {
   }
 };
 
+// The same for kernels that hold their weights: those are rounded once, when they are loaded.
+struct HeldTf32 : TensorCoreTf32 {
+  static RNNLM_DEVICE uint4 round_weights(const uint4& w) {
+    return {round(w.x), round(w.y), round(w.z), round(w.w)};
+  }
+  static RNNLM_DEVICE void multiply(float (&d)[4], const uint4& w, const uint4& w8,
+                                    const uint4 (&h)[1]) {
+    const uint32_t a0[4] = {w.x, w8.x, w.y, w8.y}, b0[2] = {round(h[0].x), round(h[0].y)};
+    const uint32_t a1[4] = {w.z, w8.z, w.w, w8.w}, b1[2] = {round(h[0].z), round(h[0].w)};
+    ptx::mma_tf32(d, a0, b0);
+    ptx::mma_tf32(d, a1, b1);
+  }
+};
+
 // float32 as the sum of two tf32 each: three products on tensor cores, nearly float32's accuracy.
 struct TensorCore3xTf32 {
   using Element = float;

@@ -12,9 +12,12 @@
 // row; two such pairs in the block tier, one in the cluster tier. dc, and what of dh does not pass
 // through the product (the path through z of a GRU), stay in its registers.
 //
+// float32 is the same: in TF32 with operands rounded when they are stored; exactly, where that must
+// not be, with weights whole in a warp's lanes and sums by way of shared memory (cluster_fma.cuh).
+//
 // Computed step after step, from the last one of the forward pass to its first:
-//   gradients  from dh and dc to the gradients of the lane's gates, in 16 bits into one of two
-//              buffers in shared memory;
+//   gradients  from dh and dc to the gradients of the lane's gates, into one of two buffers in
+//              shared memory;
 //   barrier    of the CTA;
 //   multiply   every warp reads all gradients of the CTA;
 //   exchange   in a cluster: 16-byte st.async of accumulators, as they are, into the owner's slots;
@@ -44,6 +47,7 @@
 #pragma once
 
 #include "device/gates.h"
+#include "kernels/cluster_fma.cuh"
 #include "kernels/cluster_state.cuh"
 
 namespace rnnlm {
@@ -71,21 +75,23 @@ struct ClusterBackwardParams {
 
 // --- one unit of one row on one thread -----------------------------------------------------------
 //
-// prepare() does all that needs neither dh nor dc: gradients are linear in these. `kept` are the
-// saved pre-activations, `before` is c (GRU: h) of the step before, `now` an LSTM's c of the step.
-// kStored gradients go to global memory. published(gate): which of them the product of that gate's
-// weights is taken with. `carry` is the part of the dh to come that is not in the product (0:
-// LSTM).
+// prepare() does all that needs neither dh nor dc: gradients are linear in these. `kept` is what
+// was saved: pre-activations in 16 bits, activated gates in float32. `before` is c (GRU: h) of the
+// step before, `now` an LSTM's c of the step. kStored gradients go to global memory.
+// published(gate): which of them the product of that gate's weights is taken with. `carry` is the
+// part of the dh to come that is not in the product (0: LSTM).
 
+template <class T>
 struct LstmGradient {
-  using Math = Math16;
+  using Math = GateMath<T>;
   static constexpr int kGates = 4, kSaved = 4, kStored = 4;
   static constexpr bool kHasCells = true, kResetsBefore = false;
   using Slopes = LstmSlopes<float>;
   static RNNLM_DEVICE int published(int gate) { return gate; }
   static RNNLM_DEVICE Slopes prepare(const float (&kept)[4], float before, float now) {
-    return lstm_slopes<Math>(lstm_activate<Math>({kept[0], kept[1], kept[2], kept[3]}), before,
-                             now);
+    const LstmGates<float> gates{kept[0], kept[1], kept[2], kept[3]};
+    if constexpr (kIs16Bit<T>) return lstm_slopes<Math>(lstm_activate<Math>(gates), before, now);
+    return lstm_slopes<Math>(gates, before, now);
   }
   static RNNLM_DEVICE void gradients(const Slopes& s, float dh, float&, float& dc, float (&d)[4]) {
     const float d_c = Math::fma(dh, s.h, dc);
@@ -97,8 +103,17 @@ struct LstmGradient {
   }
 };
 
+// A GRU's gates as they were saved.
+template <class T>
+RNNLM_DEVICE GruGates<float> activated(const GruGates<float>& kept) {
+  using Math = GateMath<T>;
+  if constexpr (!kIs16Bit<T>) return kept;
+  return {Math::sigmoid(kept.r), Math::sigmoid(kept.z), Math::tanh(kept.n)};
+}
+
+template <class T>
 struct GruAfterGradient {
-  using Math = Math16;
+  using Math = GateMath<T>;
   static constexpr int kGates = 3, kSaved = 4, kStored = 4;  // r, z, n; of W_hn h + b_hn
   static constexpr bool kHasCells = false, kResetsBefore = false;
   struct Slopes {
@@ -107,8 +122,9 @@ struct GruAfterGradient {
   };
   static RNNLM_DEVICE int published(int gate) { return gate < 2 ? gate : 3; }
   static RNNLM_DEVICE Slopes prepare(const float (&kept)[4], float before, float) {
-    return {gru_update_backward<Math>(Math::sigmoid(kept[1]), Math::tanh(kept[2]), before, 1.0f),
-            gru_reset_after_backward<Math>(Math::sigmoid(kept[0]), kept[3], 1.0f)};
+    const GruGates<float> y = activated<T>({kept[0], kept[1], kept[2]});
+    return {gru_update_backward<Math>(y.z, y.n, before, 1.0f),
+            gru_reset_after_backward<Math>(y.r, kept[3], 1.0f)};
   }
   static RNNLM_DEVICE void gradients(const Slopes& s, float dh, float& carry, float&,
                                      float (&d)[4]) {
@@ -120,8 +136,9 @@ struct GruAfterGradient {
   }
 };
 
+template <class T>
 struct GruBeforeGradient {
-  using Math = Math16;
+  using Math = GateMath<T>;
   static constexpr int kGates = 3, kSaved = 3, kStored = 4;  // r, z, n; r * h, no gradient
   static constexpr bool kHasCells = false, kResetsBefore = true;
   struct Slopes {
@@ -131,9 +148,9 @@ struct GruBeforeGradient {
   };
   static RNNLM_DEVICE int published(int gate) { return gate; }
   static RNNLM_DEVICE Slopes prepare(const float (&kept)[3], float before, float) {
-    const float r = Math::sigmoid(kept[0]);
-    return {gru_update_backward<Math>(Math::sigmoid(kept[1]), Math::tanh(kept[2]), before, 1.0f),
-            gru_reset_before_backward<Math>(r, before, 1.0f), r * before};
+    const GruGates<float> y = activated<T>({kept[0], kept[1], kept[2]});
+    return {gru_update_backward<Math>(y.z, y.n, before, 1.0f),
+            gru_reset_before_backward<Math>(y.r, before, 1.0f), y.r * before};
   }
   static RNNLM_DEVICE void gradients(const Slopes& s, float dh, float& carry, float&,
                                      float (&d)[4]) {
@@ -153,11 +170,12 @@ struct GruBeforeGradient {
 // --- configuration -------------------------------------------------------------------------------
 
 // kDepth: hidden units that the kernel has room for, a multiple of 64; beyond `hidden` they are 0.
-template <class T_, class Unit_, int kDepth_, int kCtas_>
+template <class Product_, template <class> class Unit_, int kDepth_, int kCtas_>
 struct ClusterBackwardConfig {
-  using T = T_;
-  using Unit = Unit_;
-  using Product = TensorCore16<T>;
+  using Product = Product_;
+  using T = typename Product::Element;
+  using Unit = Unit_<T>;
+  static constexpr bool kTensorCores = !std::is_same_v<Product, ClusterFma>;
   static constexpr int kDepth = kDepth_;
   static constexpr int kCtas = kCtas_;
   static constexpr int kUnits = kDepth / kCtas;  // of a CTA
@@ -172,22 +190,219 @@ struct ClusterBackwardConfig {
   static constexpr int kOwnTiles = kUnits / 16;
   static_assert(kCtas == 1 ? kTiles == 1 : kOwnTiles % kTiles == 0 || kTiles % kOwnTiles == 0);
 
-  // k: the gates one after the other, of each the CTA's units; 32 a fragment, of which a tile takes
-  // 8 registers. A thread has room for 160 registers of weights beside the rest. Where it has more,
-  // most wait in shared memory, and to load them in time takes registers too.
-  static constexpr int kFragmentsOfGate = kUnits / 32;
+  // k: the gates one after the other, of each the CTA's units; 64 bytes a fragment, of which a tile
+  // takes 8 registers. A thread has room for 160 registers of weights beside the rest, of float32
+  // for 128 (two pairs: 96). Where it has more, most wait in shared memory, and to load them in
+  // time takes registers too.
+  static constexpr int kFragmentsOfGate = kUnits / kFragmentDepth<T>;
   static constexpr int kFragments = Unit::kGates * kFragmentsOfGate;
-  static constexpr int kHeld = kFragments * kTiles * 8 <= 160 ? kFragments : 96 / (kTiles * 8);
+  static constexpr int kRoom = kIs16Bit<T> ? 160 : kCtas == 1 ? 96 : 128;
+  static constexpr int kHeld = kFragments * kTiles * 8 <= kRoom ? kFragments : 96 / (kTiles * 8);
   static constexpr int kInShared = kFragments - kHeld;
 
-  // Shared memory: two slots of gradients, weights, two slots of partial sums (float32 accumulators
-  // of a warp, from each CTA for each tile), the cluster's mbarriers.
+  // With plain multiply-adds: a lane has 4 units of each tile, an eighth of their k, in vectors of
+  // 4. Where registers do not hold them all, loading the others in time takes some too; of the
+  // widest LSTM as many are held as make the others fit shared memory. At most two tiles are
+  // computed at a time.
+  static constexpr int kVectors = 4 * kTiles * Unit::kGates * kUnits / 32;
+  using Rows = FmaRows<4 * kTiles, Unit::kGates * kUnits,
+                       kVectors <= 32   ? kVectors
+                       : kVectors <= 48 ? 16
+                       : kVectors <= 96 ? 24
+                                        : 37,
+                       kThreads>;
+  static constexpr int kTilesOfPass = kTiles < 2 || kVectors > 96 ? 1 : 2;
+
+  // Shared memory: two slots of gradients, weights, sums of plain multiply-adds, two slots of
+  // partial sums (float32 accumulators of a warp, from each CTA for each tile), the cluster's
+  // mbarriers.
   static constexpr int kSlotBytes = kFragments * kFragmentBytes;
-  static constexpr int kWeightBytes = kInShared * kTiles * 2 * kThreads * 16;
+  static constexpr int kWeightBytes =
+      kTensorCores ? kInShared * kTiles * 2 * kThreads * 16 : Rows::kWeightBytes;
+  static constexpr int kRowSumsBytes = kTensorCores ? 0 : Rows::kSumsBytes;
   static constexpr int kTileBytes = 32 * 16;
   static constexpr int kSumsBytes = kCtas > 1 ? kCtas * kOwnTiles * kTileBytes : 0;
-  static constexpr int kSharedBytes = 2 * kSlotBytes + kWeightBytes + 2 * kSumsBytes +
+  static constexpr int kSharedBytes = 2 * kSlotBytes + kWeightBytes + kRowSumsBytes +
+                                      2 * kSumsBytes +
                                       (kCtas > 1 ? ClusterSignal<kCtas>::kBytes : 0);
+};
+
+// --- the product ---------------------------------------------------------------------------------
+//
+// Weights of a warp's tiles, and what they are multiplied by. load() gets the first unit of the
+// CTA. multiply<kFirst, kCount>() multiplies the weights of gates kFirst .. kFirst + kCount - 1 by
+// their gradients in a slot, of which the step holds the first `rows` batch rows; of others the
+// results are anything. take(tile, d) gets the sums of a tile as a tensor core leaves them: units
+// 2g and 2g + 1 of columns 2t and 2t + 1.
+
+template <class Config>
+class BackwardTiles {
+  using T = typename Config::T;
+  using Product = typename Config::Product;
+  static constexpr int kTiles = Config::kTiles;
+
+ public:
+  RNNLM_DEVICE BackwardTiles(unsigned char* weights, unsigned char*)
+      : weights_(reinterpret_cast<uint4*>(weights) + threadIdx.x),
+        lane_(threadIdx.x % 32),
+        warp_(threadIdx.x / 32) {}
+
+  RNNLM_DEVICE void load(const T* w_hh, int hidden, int first_unit) {
+    // What goes to shared memory first, while registers are free.
+    RNNLM_NO_UNROLL
+    for (int f = Config::kHeld; f < Config::kFragments; ++f) {
+      RNNLM_UNROLL
+      for (int tile = 0; tile < kTiles; ++tile) {
+        load_fragments(w_hh, hidden, first_unit, tile, f, weights_[in_shared(tile, f, 0)],
+                       weights_[in_shared(tile, f, 1)]);
+      }
+    }
+    RNNLM_UNROLL
+    for (int f = 0; f < Config::kHeld; ++f) {
+      RNNLM_UNROLL
+      for (int tile = 0; tile < kTiles; ++tile) {
+        load_fragments(w_hh, hidden, first_unit, tile, f, held_[tile][f][0], held_[tile][f][1]);
+      }
+    }
+  }
+
+  template <int kFirst, int kCount, class Take>
+  RNNLM_DEVICE void multiply(const unsigned char* slot, int, const Take& take) const {
+    constexpr int kFrom = kFirst * Config::kFragmentsOfGate;
+    constexpr int kLength = kCount * Config::kFragmentsOfGate;
+    // MMAs on one accumulator wait for each other: with few tiles, several sums each.
+    constexpr int kWanted = kTiles == 1 ? 3 : kTiles == 2 ? 2 : 1;
+    constexpr int kChains = kWanted < kLength ? kWanted : kLength;
+    float sums[kChains][kTiles][4];
+    RNNLM_UNROLL
+    for (int chain = 0; chain < kChains; ++chain) {
+      RNNLM_UNROLL
+      for (int tile = 0; tile < kTiles; ++tile) {
+        RNNLM_UNROLL
+        for (int i = 0; i < 4; ++i) sums[chain][tile][i] = 0.0f;
+      }
+    }
+    const unsigned char* gradients = slot + state_vector(lane_g(lane_), lane_t(lane_));
+    RNNLM_UNROLL
+    for (int i = 0; i < kLength; ++i) {
+      const int f = kFrom + i;
+      const uint4 d[1] = {*reinterpret_cast<const uint4*>(gradients + f * kFragmentBytes)};
+      RNNLM_UNROLL
+      for (int tile = 0; tile < kTiles; ++tile) {
+        if (f < Config::kHeld)
+          Product::multiply(sums[i % kChains][tile], held_[tile][f][0], held_[tile][f][1], d);
+        else
+          Product::multiply(sums[i % kChains][tile], weights_[in_shared(tile, f, 0)],
+                            weights_[in_shared(tile, f, 1)], d);
+      }
+    }
+    RNNLM_UNROLL
+    for (int tile = 0; tile < kTiles; ++tile) {
+      RNNLM_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        RNNLM_UNROLL
+        for (int chain = 1; chain < kChains; ++chain) sums[0][tile][i] += sums[chain][tile][i];
+      }
+      take(tile, sums[0][tile]);
+    }
+  }
+
+ private:
+  // Rows g and g + 8 of a tile of W_hh^T, the lane's k of fragment f: neighbouring columns of rows
+  // of W_hh.
+  RNNLM_DEVICE void load_fragments(const T* w_hh, int hidden, int first_unit, int tile, int f,
+                                   uint4& even, uint4& odd) const {
+    const int output = (warp_ * kTiles + tile) * 16 + 2 * lane_g(lane_);
+    const int k = f % Config::kFragmentsOfGate * Product::kStep + Product::k_of(lane_);
+    const int unit = first_unit + k;
+    const T* column =
+        w_hh + (int64_t{f / Config::kFragmentsOfGate} * hidden + unit) * hidden + output;
+    const bool exists = output < hidden && unit < hidden;
+    uint32_t evens[4], odds[4];
+    RNNLM_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (kIs16Bit<T>) {
+        const uint32_t first = exists ? load_word(column + int64_t{2 * i} * hidden) : 0;
+        const uint32_t second = exists ? load_word(column + int64_t{2 * i + 1} * hidden) : 0;
+        evens[i] = (first & 0xFFFFu) | second << 16;
+        odds[i] = first >> 16 | (second & 0xFFFF0000u);
+      } else {
+        const float2 both = exists ? load_word(column + int64_t{i} * hidden) : float2{0.0f, 0.0f};
+        evens[i] = ptx::float_bits(both.x);
+        odds[i] = ptx::float_bits(both.y);
+      }
+    }
+    even = as_operand<Product>(uint4{evens[0], evens[1], evens[2], evens[3]});
+    odd = as_operand<Product>(uint4{odds[0], odds[1], odds[2], odds[3]});
+  }
+  static RNNLM_DEVICE int in_shared(int tile, int f, int half) {
+    return (((f - Config::kHeld) * kTiles + tile) * 2 + half) * Config::kThreads;
+  }
+
+  uint4* weights_;  // [kInShared][kTiles][2][kThreads], from this thread's on
+  int lane_, warp_;
+  uint4 held_[kTiles][Config::kHeld][2];
+};
+
+// With plain multiply-adds: a group of lanes has 4 units of each tile, row 4 * tile + i of unit i.
+template <class Config>
+class BackwardRows {
+  using T = typename Config::T;
+  using Rows = typename Config::Rows;
+  static constexpr int kTiles = Config::kTiles;
+
+ public:
+  RNNLM_DEVICE BackwardRows(unsigned char* weights, unsigned char* sums)
+      : rows_(weights, sums), lane_(threadIdx.x % 32), warp_(threadIdx.x / 32) {}
+
+  RNNLM_DEVICE void load(const T* w_hh, int hidden, int first_unit) {
+    rows_.template load<4>([&](int value, int k, uint4(&w)[4]) {
+      const int output = (warp_ * kTiles + value / 4) * 16 + 4 * Rows::group_of(lane_);
+      const int unit = first_unit + k % Config::kUnits;
+      const T* from = w_hh + (int64_t{k / Config::kUnits} * hidden + unit) * hidden + output;
+      const bool exists = output < hidden && unit < hidden;
+      uint4 of_k[4];  // of 4 units each
+      RNNLM_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        of_k[i] =
+            exists ? *reinterpret_cast<const uint4*>(from + int64_t{i} * hidden) : zero_vector();
+      }
+      w[0] = uint4{of_k[0].x, of_k[1].x, of_k[2].x, of_k[3].x};
+      w[1] = uint4{of_k[0].y, of_k[1].y, of_k[2].y, of_k[3].y};
+      w[2] = uint4{of_k[0].z, of_k[1].z, of_k[2].z, of_k[3].z};
+      w[3] = uint4{of_k[0].w, of_k[1].w, of_k[2].w, of_k[3].w};
+    });
+  }
+
+  template <int kFirst, int kCount, class Take>
+  RNNLM_DEVICE void multiply(const unsigned char* slot, int rows, const Take& take) const {
+    multiply_tiles<0, kFirst, kCount>(slot, rows, take);
+  }
+
+ private:
+  // From tile kTile on.
+  template <int kTile, int kFirst, int kCount, class Take>
+  RNNLM_DEVICE void multiply_tiles(const unsigned char* slot, int rows, const Take& take) const {
+    if constexpr (kTile < kTiles) {
+      constexpr int kVectorsOfGate = Config::kUnits / 32, kValues = 4 * Config::kTilesOfPass;
+      rows_.template multiply<4 * kTile, kValues, kFirst * kVectorsOfGate, kCount * kVectorsOfGate>(
+          slot, rows);
+      RNNLM_UNROLL
+      for (int tile = 0; tile < Config::kTilesOfPass; ++tile) {
+        float d[4];
+        RNNLM_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const int value = 4 * tile + 2 * (lane_g(lane_) & 1) + i / 2;
+          d[i] = rows_.template sum<kValues>(lane_g(lane_) / 2, value, 2 * lane_t(lane_) + i % 2);
+        }
+        take(kTile + tile, d);
+      }
+      multiply_tiles<kTile + Config::kTilesOfPass, kFirst, kCount>(slot, rows, take);
+    }
+  }
+
+  Rows rows_;
+  int lane_, warp_;
 };
 
 // --- the kernel ----------------------------------------------------------------------------------
@@ -197,6 +412,8 @@ class ClusterBackward {
   using T = typename Config::T;
   using Unit = typename Config::Unit;
   using Product = typename Config::Product;
+  using Weights =
+      std::conditional_t<Config::kTensorCores, BackwardTiles<Config>, BackwardRows<Config>>;
   using Slopes = typename Unit::Slopes;
   static constexpr int kCtas = Config::kCtas;
   static constexpr int kPairs = Config::kPairs;
@@ -206,8 +423,9 @@ class ClusterBackward {
   RNNLM_DEVICE explicit ClusterBackward(const ClusterBackwardParams<T>& params)
       : p_(params),
         slots_(ptx::dynamic_shared()),
-        weights_(reinterpret_cast<uint4*>(slots_ + 2 * Config::kSlotBytes) + threadIdx.x),
-        sums_(slots_ + 2 * Config::kSlotBytes + Config::kWeightBytes),
+        weights_(slots_ + 2 * Config::kSlotBytes,
+                 slots_ + 2 * Config::kSlotBytes + Config::kWeightBytes),
+        sums_(slots_ + 2 * Config::kSlotBytes + Config::kWeightBytes + Config::kRowSumsBytes),
         signal_(sums_ + 2 * Config::kSumsBytes, Config::kSumsBytes, params.abort_word,
                 params.wait_limit),
         lane_(threadIdx.x % 32),
@@ -217,7 +435,7 @@ class ClusterBackward {
         steps_(steps_with_row(params.seq, row_)) {}
 
   RNNLM_DEVICE void run() {
-    load_weights();
+    weights_.load(p_.w_hh, p_.hidden, rank_ * Config::kUnits);
     start_gradients();
     if constexpr (kCtas > 1) {
       signal_.begin();
@@ -239,6 +457,7 @@ class ClusterBackward {
     for (int s = 0; s < steps_; ++s) {
       const bool last = s + 1 == steps_;
       const int n = s * Config::kProducts;
+      const int rows = now - row_ < kClusterRows ? now - row_ : kClusterRows;
       if (!over) {
         RNNLM_UNROLL
         for (int pair = 0; pair < kPairs; ++pair) gradients(pair, s, later, now);
@@ -250,7 +469,7 @@ class ClusterBackward {
 
       if constexpr (Unit::kResetsBefore) {
         if (!over) {
-          multiply<2 * Config::kFragmentsOfGate, Config::kFragmentsOfGate>(s, n, [] {});
+          multiply<2, 1>(s, n, rows, [] {});
           RNNLM_UNROLL
           for (int pair = 0; pair < kPairs; ++pair) reset_gradients(pair, now);
           publish(s, 0);
@@ -275,10 +494,9 @@ class ClusterBackward {
         last_seen = rows_of(s + 4);
       };
       if (looks_ahead_first()) look_ahead();
-      multiply<0, Unit::kResetsBefore ? 2 * Config::kFragmentsOfGate : Config::kFragments>(
-          s, n + Config::kProducts - 1, [&] {
-            if (!looks_ahead_first()) look_ahead();
-          });
+      multiply<0, Unit::kResetsBefore ? 2 : Unit::kGates>(s, n + Config::kProducts - 1, rows, [&] {
+        if (!looks_ahead_first()) look_ahead();
+      });
       move_loads(earlier, next, last_seen);
     }
     if (p_.dh0 != nullptr) {
@@ -319,49 +537,10 @@ class ClusterBackward {
 
   // --- before the first step
 
-  RNNLM_DEVICE void load_weights() {
-    // What goes to shared memory first, while registers are free.
-    RNNLM_NO_UNROLL
-    for (int f = Config::kHeld; f < Config::kFragments; ++f) {
-      RNNLM_UNROLL
-      for (int tile = 0; tile < kTiles; ++tile)
-        load_fragments(tile, f, weights_[in_shared(tile, f, 0)], weights_[in_shared(tile, f, 1)]);
-    }
-    RNNLM_UNROLL
-    for (int f = 0; f < Config::kHeld; ++f) {
-      RNNLM_UNROLL
-      for (int tile = 0; tile < kTiles; ++tile)
-        load_fragments(tile, f, held_[tile][f][0], held_[tile][f][1]);
-    }
-  }
-  static RNNLM_DEVICE int in_shared(int tile, int f, int half) {
-    return (((f - Config::kHeld) * kTiles + tile) * 2 + half) * Config::kThreads;
-  }
-  // Rows g and g + 8 of a tile of W_hh^T, 8 k of fragment f: neighbouring columns of 8 rows of
-  // W_hh.
-  RNNLM_DEVICE void load_fragments(int tile, int f, uint4& even, uint4& odd) const {
-    const int output = (warp_ * kTiles + tile) * 16 + 2 * lane_g(lane_);
-    const int k = f % Config::kFragmentsOfGate * Product::kStep + Product::k_of(lane_);
-    const int unit = rank_ * Config::kUnits + k;
-    const T* column =
-        p_.w_hh + (int64_t{f / Config::kFragmentsOfGate} * p_.hidden + unit) * p_.hidden + output;
-    const bool exists = output < p_.hidden && unit < p_.hidden;
-    uint32_t evens[4], odds[4];
-    RNNLM_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t first = exists ? load_word(column + int64_t{2 * i} * p_.hidden) : 0;
-      const uint32_t second = exists ? load_word(column + int64_t{2 * i + 1} * p_.hidden) : 0;
-      evens[i] = (first & 0xFFFFu) | second << 16;
-      odds[i] = first >> 16 | (second & 0xFFFF0000u);
-    }
-    even = uint4{evens[0], evens[1], evens[2], evens[3]};
-    odd = uint4{odds[0], odds[1], odds[2], odds[3]};
-  }
-
   RNNLM_DEVICE void start_gradients() {
     RNNLM_UNROLL
     for (int pair = 0; pair < kPairs; ++pair) {
-      uint32_t dc = 0;
+      Word<T> dc = {};
       if (Unit::kHasCells && p_.grad_c_n != nullptr && holds(pair, p_.seq.batch))
         dc = load_word(place(p_.grad_c_n, 0, 1) + offset(pair, 1, 0));
       RNNLM_UNROLL
@@ -419,10 +598,11 @@ class ClusterBackward {
       const bool starts = batch_row(pair) >= earlier;
       RNNLM_UNROLL
       for (int i = 0; i < Unit::kSaved; ++i) {
-        saved_[pair][i] = held ? load_word(saved_from_ + offset(pair, Unit::kSaved, i)) : 0;
+        saved_[pair][i] = held ? load_word(saved_from_ + offset(pair, Unit::kSaved, i)) : Word<T>{};
       }
-      grad_output_[pair] =
-          held && p_.grad_output != nullptr ? load_word(grad_output_from_ + offset(pair, 1, 0)) : 0;
+      grad_output_[pair] = held && p_.grad_output != nullptr
+                               ? load_word(grad_output_from_ + offset(pair, 1, 0))
+                               : Word<T>{};
       if constexpr (Unit::kHasCells) {
         // c of this step is what the later one had as c before it, if it held the row.
         RNNLM_UNROLL
@@ -431,13 +611,13 @@ class ClusterBackward {
           load_floats(place(p_.cells, first_of(s), 1) + offset(pair, 1, 0), now_[pair]);
         if (held && !starts) load_floats(cells_from_ + offset(pair, 1, 0), before_[pair]);
         if (held && starts) {
-          const uint32_t c0 = load_word(place(p_.initial, 0, 1) + offset(pair, 1, 0));
+          const Word<T> c0 = load_word(place(p_.initial, 0, 1) + offset(pair, 1, 0));
           RNNLM_UNROLL
           for (int e = 0; e < 2; ++e) before_[pair][e] = value_of<T>(c0, e);
         }
       } else {
         const T* from = starts ? place(p_.initial, 0, 1) : output_from_;
-        before_word_[pair] = held ? load_word(from + offset(pair, 1, 0)) : 0;
+        before_word_[pair] = held ? load_word(from + offset(pair, 1, 0)) : Word<T>{};
       }
     }
   }
@@ -470,7 +650,7 @@ class ClusterBackward {
     const uint32_t mask = held ? ~0u : 0;
     if (p_.dh0 != nullptr && !held) store_initial(pair, later);
     const bool goes_on = batch_row(pair) < later;
-    uint32_t last = 0;
+    Word<T> last = {};
     if (held && !goes_on && p_.grad_h_n != nullptr)
       last = load_word(place(p_.grad_h_n, 0, 1) + offset(pair, 1, 0));
     float d[2][Unit::kStored];
@@ -486,7 +666,8 @@ class ClusterBackward {
       dc_[pair][e] = blend(mask, dc, dc_[pair][e]);
     }
     RNNLM_UNROLL
-    for (int i = 0; i < Unit::kStored; ++i) words_[pair][i] = word_of<T>(d[0][i], d[1][i]) & mask;
+    for (int i = 0; i < Unit::kStored; ++i)
+      words_[pair][i] = blend(mask, word_of<T>(d[0][i], d[1][i]), Word<T>{});
   }
   RNNLM_DEVICE void reset_gradients(int pair, int now) {
     if constexpr (Unit::kResetsBefore) {
@@ -496,68 +677,37 @@ class ClusterBackward {
       for (int e = 0; e < 2; ++e) {
         d[e] = Unit::reset_gradient(slopes_[pair][e], product_[pair][e], carry_[pair][e]);
       }
-      words_[pair][0] = word_of<T>(d[0], d[1]) & mask;
+      words_[pair][0] = blend(mask, word_of<T>(d[0], d[1]), Word<T>{});
     }
   }
   RNNLM_DEVICE void publish(int s, int gate) {
     RNNLM_UNROLL
     for (int pair = 0; pair < kPairs; ++pair) {
       const int k = gate * Config::kUnits + local_unit();
-      *reinterpret_cast<uint32_t*>(slots_ + (s & 1) * Config::kSlotBytes +
-                                   state_word(k, column(pair))) =
-          words_[pair][Unit::published(gate)];
+      *reinterpret_cast<Word<T>*>(slots_ + (s & 1) * Config::kSlotBytes +
+                                  state_word<T>(k, column(pair))) =
+          as_operand<Product>(words_[pair][Unit::published(gate)]);
     }
   }
 
-  // product_ = fragments kFirst .. kFirst + kCount - 1 of the weights times the gradients of step
-  // s, summed over the cluster in exchange n. under_way() runs once the warp's part is done.
+  // product_ = weights of gates kFirst .. kFirst + kCount - 1 times the gradients of step s, which
+  // has `rows` of the cluster's rows, summed over the cluster in exchange n. under_way() runs once
+  // the warp's part is done.
   template <int kFirst, int kCount, class UnderWay>
-  RNNLM_DEVICE void multiply(int s, int n, const UnderWay& under_way) {
-    // MMAs on one accumulator wait for each other: with few tiles, several sums each.
-    constexpr int kWanted = kTiles == 1 ? 3 : kTiles == 2 ? 2 : 1;
-    constexpr int kChains = kWanted < kCount ? kWanted : kCount;
-    float sums[kChains][kTiles][4];
-    RNNLM_UNROLL
-    for (int chain = 0; chain < kChains; ++chain) {
-      RNNLM_UNROLL
-      for (int tile = 0; tile < kTiles; ++tile) {
-        RNNLM_UNROLL
-        for (int i = 0; i < 4; ++i) sums[chain][tile][i] = 0.0f;
-      }
-    }
-    const unsigned char* slot =
-        slots_ + (s & 1) * Config::kSlotBytes + state_vector(lane_g(lane_), lane_t(lane_));
-    RNNLM_UNROLL
-    for (int i = 0; i < kCount; ++i) {
-      const int f = kFirst + i;
-      const uint4 d[1] = {*reinterpret_cast<const uint4*>(slot + f * kFragmentBytes)};
-      RNNLM_UNROLL
-      for (int tile = 0; tile < kTiles; ++tile) {
-        if (f < Config::kHeld)
-          Product::multiply(sums[i % kChains][tile], held_[tile][f][0], held_[tile][f][1], d);
-        else
-          Product::multiply(sums[i % kChains][tile], weights_[in_shared(tile, f, 0)],
-                            weights_[in_shared(tile, f, 1)], d);
-      }
-    }
-    RNNLM_UNROLL
-    for (int tile = 0; tile < kTiles; ++tile) {
-      RNNLM_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        RNNLM_UNROLL
-        for (int chain = 1; chain < kChains; ++chain) sums[0][tile][i] += sums[chain][tile][i];
-      }
-    }
+  RNNLM_DEVICE void multiply(int s, int n, int rows, const UnderWay& under_way) {
+    const unsigned char* slot = slots_ + (s & 1) * Config::kSlotBytes;
     if constexpr (kCtas == 1) {
-      RNNLM_UNROLL
-      for (int pair = 0; pair < kPairs; ++pair) {
+      weights_.template multiply<kFirst, kCount>(slot, rows, [&](int, const float (&d)[4]) {
         RNNLM_UNROLL
-        for (int e = 0; e < 2; ++e) product_[pair][e] = sums[0][0][2 * e + pair];
-      }
+        for (int pair = 0; pair < kPairs; ++pair) {
+          RNNLM_UNROLL
+          for (int e = 0; e < 2; ++e) product_[pair][e] = d[2 * e + pair];
+        }
+      });
       under_way();
     } else {
-      RNNLM_UNROLL
-      for (int tile = 0; tile < kTiles; ++tile) send_sums(n, tile, sums[0][tile]);
+      weights_.template multiply<kFirst, kCount>(
+          slot, rows, [&](int tile, const float (&d)[4]) { send_sums(n, tile, d); });
       under_way();
       signal_.wait(n);
       receive_sums(n);
@@ -633,21 +783,20 @@ class ClusterBackward {
 
   const ClusterBackwardParams<T>& p_;
   unsigned char* slots_;
-  uint4* weights_;  // [kInShared][kTiles][2][kThreads], from this thread's on
-  unsigned char* sums_;
+  Weights weights_;
+  unsigned char* sums_;  // that came from the cluster
   ClusterSignal<kCtas> signal_;
   int lane_, warp_, rank_;
   int row_;    // the cluster's first batch row
   int steps_;  // that hold rows of it
-  uint4 held_[kTiles][Config::kHeld][2];
   // Of the step to come: as loaded, and prepared. before_ and now_: c of an LSTM.
-  uint32_t saved_[kPairs][Unit::kSaved], grad_output_[kPairs], before_word_[kPairs];
+  Word<T> saved_[kPairs][Unit::kSaved], grad_output_[kPairs], before_word_[kPairs];
   float before_[kPairs][2], now_[kPairs][2];
   Slopes slopes_[kPairs][2];
-  uint32_t outer_[kPairs];  // grad_output
+  Word<T> outer_[kPairs];  // grad_output
   // Of this step: dh's parts, dc, and the gradients.
   float product_[kPairs][2], carry_[kPairs][2], dc_[kPairs][2];
-  uint32_t words_[kPairs][Unit::kStored];
+  Word<T> words_[kPairs][Unit::kStored];
   T *dgates_to_, *candidate_to_;
   const T *saved_from_, *grad_output_from_, *output_from_;
   const float* cells_from_;

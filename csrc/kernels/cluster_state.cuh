@@ -31,24 +31,75 @@ RNNLM_DEVICE U* advance(U* tensor, int64_t elements) {
 #endif
 }
 
-// --- two neighbouring units of a row, in 16 bits each: one word ----------------------------------
+// --- arithmetic ----------------------------------------------------------------------------------
+
+// TensorCoreTf32 where operands are rounded once, as they are stored, and not in every product.
+struct StoredTf32 : TensorCoreTf32 {
+  static RNNLM_DEVICE void multiply(float (&d)[4], const uint4& w, const uint4& w8,
+                                    const uint4 (&h)[1]) {
+    const uint32_t a0[4] = {w.x, w8.x, w.y, w8.y}, b0[2] = {h[0].x, h[0].y};
+    const uint32_t a1[4] = {w.z, w8.z, w.w, w8.w}, b1[2] = {h[0].z, h[0].w};
+    ptx::mma_tf32(d, a0, b0);
+    ptx::mma_tf32(d, a1, b1);
+  }
+};
+// What the product is taken with, of weights and of values that are handed over.
+template <class Product>
+RNNLM_DEVICE uint4 as_operand(const uint4& w) {
+  if constexpr (std::is_same_v<Product, StoredTf32>)
+    return uint4{Product::round(w.x), Product::round(w.y), Product::round(w.z),
+                 Product::round(w.w)};
+  else
+    return w;
+}
+template <class Product>
+RNNLM_DEVICE uint32_t as_operand(uint32_t word) {
+  return word;
+}
+template <class Product>
+RNNLM_DEVICE float2 as_operand(const float2& word) {
+  if constexpr (std::is_same_v<Product, StoredTf32>)
+    return float2{ptx::float_from_bits(ptx::to_tf32(word.x)),
+                  ptx::float_from_bits(ptx::to_tf32(word.y))};
+  else
+    return word;
+}
+
+// The `Math` policy of the gates: without branches, behind which lanes would wait for each other.
+struct Math32 : ScalarMath<float> {
+  static RNNLM_DEVICE float tanh(float x) { return tanh_or_sigmoid(true, x); }
+};
+template <class T>
+using GateMath = std::conditional_t<kIs16Bit<T>, Math16, Math32>;
+
+// --- two neighbouring units of a row: one word ---------------------------------------------------
+
+// As they lie in memory: 32 bits of a 16-bit type, 64 of float32.
+template <class T>
+using Word = std::conditional_t<kIs16Bit<T>, uint32_t, float2>;
 
 template <class T>
-RNNLM_DEVICE uint32_t word_of(float first, float second) {
-  return from_arithmetic<T>(first).bits | static_cast<uint32_t>(from_arithmetic<T>(second).bits)
-                                              << 16;
+RNNLM_DEVICE Word<T> word_of(float first, float second) {
+  if constexpr (kIs16Bit<T>)
+    return from_arithmetic<T>(first).bits | static_cast<uint32_t>(from_arithmetic<T>(second).bits)
+                                                << 16;
+  else
+    return float2{first, second};
 }
 template <class T>
-RNNLM_DEVICE float value_of(uint32_t word, int e) {
-  return to_arithmetic(T{static_cast<uint16_t>(e == 0 ? word : word >> 16)});
+RNNLM_DEVICE float value_of(Word<T> word, int e) {
+  if constexpr (kIs16Bit<T>)
+    return to_arithmetic(T{static_cast<uint16_t>(e == 0 ? word : word >> 16)});
+  else
+    return e == 0 ? word.x : word.y;
 }
 template <class T>
-RNNLM_DEVICE uint32_t load_word(const T* p) {
-  return *reinterpret_cast<const uint32_t*>(p);
+RNNLM_DEVICE Word<T> load_word(const T* p) {
+  return *reinterpret_cast<const Word<T>*>(p);
 }
 template <class T>
-RNNLM_DEVICE void store_word(T* p, uint32_t word) {
-  *reinterpret_cast<uint32_t*>(p) = word;
+RNNLM_DEVICE void store_word(T* p, Word<T> word) {
+  *reinterpret_cast<Word<T>*>(p) = word;
 }
 RNNLM_DEVICE void load_floats(const float* p, float (&v)[2]) {
   const float2 pair = *reinterpret_cast<const float2*>(p);
@@ -67,20 +118,28 @@ RNNLM_DEVICE uint32_t blend(uint32_t mask, uint32_t yes, uint32_t no) {
 RNNLM_DEVICE float blend(uint32_t mask, float yes, float no) {
   return ptx::float_from_bits(blend(mask, ptx::float_bits(yes), ptx::float_bits(no)));
 }
+RNNLM_DEVICE float2 blend(uint32_t mask, const float2& yes, const float2& no) {
+  return float2{blend(mask, yes.x, no.x), blend(mask, yes.y, no.y)};
+}
 
 // --- the state operand of the product in shared memory -------------------------------------------
 //
-// [k / 32][8 rows][32 k] in 16 bits: what the 32 lanes of a warp load as one fragment is 512 bytes
+// [fragment][8 rows][64 bytes of k]: what the 32 lanes of a warp load as one fragment is 512 bytes
 // side by side. Within these, the 16-byte vectors of rows 2 and 3, 4 and 5, 6 and 7 change places,
 // so that the words which a warp stores, of 16 units in every second row, lie in different banks.
 constexpr int kFragmentBytes = 32 * 16;
+template <class T>
+constexpr int kFragmentDepth = 4 * kVectorOf<T>;  // k of a fragment
 
 RNNLM_DEVICE int state_vector(int row, int t) {
   return ((4 * row + t) ^ (row & ~1)) * 16;
 }
 // Byte offset of the word that holds k and k + 1 (k even).
+template <class T>
 RNNLM_DEVICE int state_word(int k, int row) {
-  return k / 32 * kFragmentBytes + state_vector(row, k % 32 / 8) + k % 8 * 2;
+  constexpr int kDepth = kFragmentDepth<T>, kVector = kVectorOf<T>;
+  return k / kDepth * kFragmentBytes + state_vector(row, k % kDepth / kVector) +
+         k % kVector * int(sizeof(T));
 }
 
 // --- exchanges within a cluster ------------------------------------------------------------------

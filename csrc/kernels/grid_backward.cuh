@@ -7,7 +7,7 @@
 //
 //   dh[b, unit] = sum over k of d[b, k] W_hh[k, unit]      k: rows of W_hh, G*H in all
 //
-// that is, 16 columns of W_hh, which it loads once, as A fragments of 16 units x k, and the
+// that is, 16 columns of W_hh, which it loads once, as fragments of 16 units x k, and the
 // gradients of all units of the step before (in the order of this pass). Its 8 warps split k.
 //
 // What is exchanged when. The message is dgates itself (for GRU with the reset after, `candidate`
@@ -21,7 +21,9 @@
 //      unit of dh. Its loads find in L2 what was prefetched two steps ago.
 //   2. all warps poll 16-byte vectors of the rows' gradients, which arrive in registers as the B
 //      operands of the MMAs; loads of one batch of fragments are under way while another is
-//      multiplied. Rows that no CTA writes are not polled.
+//      multiplied. Rows that no CTA writes are not polled. Where float32 must not be rounded there
+//      are plain multiply-adds instead (device/fma.h): a batch passes through a window of shared
+//      memory, and is of the fewer k the more rows there are.
 //   3. partial sums to shared memory, the only __syncthreads of the pass, and the sum over warps.
 //   4. dh, a few multiply-adds, and the words to publish. Nothing is released or fenced.
 //
@@ -31,6 +33,7 @@
 
 #include "device/cell.h"
 #include "device/exchange.h"
+#include "device/fma.h"
 #include "device/product.h"
 #include "device/sequence.h"
 
@@ -79,8 +82,9 @@ struct GridBackwardElement {
 // The rows of W_hh are held in one or two parts: gates 0 .. kFirstGates - 1, then the rest. The
 // first part multiplies the first gates of dgates.
 //
-// Gradients are published as words of two neighbouring units. Of two gates a and b the lane of the
-// even unit stores the word of a, that of the odd unit the word of b.
+// Gradients are published as pairs of two neighbouring units: a word of 16-bit types, two of
+// float32. Of two gates a and b the lane of the even unit stores the pair of a, that of the odd
+// unit the pair of b.
 
 RNNLM_DEVICE bool is_odd(int unit) {
   return (unit & 1) != 0;
@@ -92,10 +96,18 @@ RNNLM_DEVICE T* pair_place(int unit, T* at_a, T* at_b) {
 }
 template <class T>
 RNNLM_DEVICE void publish_pair(bool live, int unit, T* at, float a, float b) {
-  const uint32_t own = pair_bits<T>(a, b), other = ptx::shuffle_xor(own, 1);
-  const uint32_t word =
-      is_odd(unit) ? other >> 16 | (own & 0xFFFF0000u) : (own & 0xFFFFu) | other << 16;
-  if (live) ptx::st_relaxed(reinterpret_cast<uint32_t*>(at), publishable_pair(word));
+  const bool odd = is_odd(unit);
+  uint32_t* words = reinterpret_cast<uint32_t*>(at);
+  if constexpr (kIs16Bit<T>) {
+    const uint32_t own = pair_bits<T>(a, b), other = ptx::shuffle_xor(own, 1);
+    const uint32_t word = odd ? other >> 16 | (own & 0xFFFF0000u) : (own & 0xFFFFu) | other << 16;
+    if (live) ptx::st_relaxed(words, publishable_pair(word));
+  } else {
+    const float other = ptx::shuffle_xor(odd ? a : b, 1);
+    if (!live) return;
+    ptx::st_relaxed(words, publishable(odd ? other : a));
+    ptx::st_relaxed(words + 1, publishable(odd ? b : other));
+  }
 }
 
 template <class T>
@@ -253,7 +265,7 @@ struct GruBeforeGridBackward : GruGridBackward<T> {
   };
   static RNNLM_DEVICE ReadyForReset prepare_reset(const Params& p, const GridBackwardElement& e) {
     const float saved = to_arithmetic(p.saved[e.row * 3 * p.hidden + e.unit]);
-    const float r = Math::sigmoid(saved), h = Base::h_before(p, e);
+    const float r = kIs16Bit<T> ? Math::sigmoid(saved) : saved, h = Base::h_before(p, e);
     return {gru_reset_before_backward<Math>(r, h, 1.0f), r * h,
             pair_place(e.unit, Base::dgates(p, e), Base::candidate(p, e))};
   }
@@ -273,7 +285,9 @@ struct GridBackwardConfig {
   using T = typename Product::Element;
   using Cell = CellOf<T>;
   using Params = GridBackwardParams<T>;
-  static_assert(kIs16Bit<T> && Product::kStateRows == 1, "a lane polls one vector a fragment");
+  static_assert(Product::kStateRows == 1, "a lane polls one vector a fragment");
+
+  static constexpr bool kIsFma = kIsHeldFma<Product>;
 
   static constexpr int kWarps = 8;
   static constexpr int kThreads = 32 * kWarps;
@@ -287,9 +301,15 @@ struct GridBackwardConfig {
   static constexpr int kFirstPart = Cell::kFirstGates * kGateFragments;
   static constexpr int kSpan = kWarps * Product::kStep;
 
-  // 20 fragments are 160 registers, which leaves enough for the work on every architecture. What is
-  // beyond them is read from shared memory in each step, while vectors arrive from L2.
-  static constexpr int kInRegisters = kFragments < 20 ? kFragments : 20;
+  // Vectors of a fragment that a lane holds, 16 units x kStep in all.
+  static constexpr int kVectors = kUnits * Product::kStep / kVectorOf<T> / 32;
+
+  // 160 registers, which leaves enough for the work on every architecture; fewer with plain
+  // multiply-adds, whose sums of 8 rows are 32 and whose loads for the next batch are under way
+  // meanwhile. What is beyond them is read from shared memory in each step, while vectors arrive
+  // from L2.
+  static constexpr int kRoom = (!kIsFma ? 160 : Cell::kExchanges == 1 ? 128 : 112) / (4 * kVectors);
+  static constexpr int kInRegisters = kFragments < kRoom ? kFragments : kRoom;
   static constexpr int kInShared = kFragments - kInRegisters;
 
   // Two batches of four vectors a lane are under way at a time: 32 KB per CTA, what a load's
@@ -298,20 +318,31 @@ struct GridBackwardConfig {
 
   // Independent sums of a warp: an MMA takes several times as long as the tensor core is busy with
   // it. Two suffice where registers are short; there the loads take longer than the MMAs.
-  static constexpr int kChains = (kInRegisters < 20 ? 4 : 2) / kTiles;
+  static constexpr int kChains = (kInRegisters < kRoom ? 4 : 2) / kTiles;
 
   using Partials = PartialSums<float, kUnits, kColumns, kWarps>;
-  // Of a warp, for a fragment on its way into the registers; see GridBackward::staged_row.
-  static constexpr int kStagingBytes = 1024 + 32;
-  static_assert(kWarps * kStagingBytes <= 2 * Partials::kBytes);
-  static constexpr int kWeightsBytes = kInShared * kThreads * 2 * int(sizeof(uint4));
+  // With plain multiply-adds (device/fma.h) a lane holds 4 units of an eighth of the fragment's k,
+  // and the lanes of a warp hand each other a batch of gradients through a window of shared memory:
+  // 4 rows of 32 vectors, half a row of banks apart from their neighbours.
+  static constexpr int kSplits = 8;
+  static_assert(!kIsFma || (kTiles == 1 && kVectors == 4 && Product::kStep == 4 * kSplits));
+  static constexpr int kSharePitch = 32 + 4;  // vectors
+  static constexpr int kShareBytes = kIsFma ? (3 * kSharePitch + 32) * int(sizeof(uint4)) : 0;
+
+  // Of a warp, for a fragment on its way into the registers, in the window or where the partial
+  // sums will be; see GridBackward::staged_row.
+  static constexpr int kStagingBytes = 512 * kVectors + 32 * (kUnits / kVectorOf<T> - 1);
+  static_assert(kIsFma ? kStagingBytes <= kShareBytes
+                       : kWarps * kStagingBytes <= 2 * Partials::kBytes);
+  static constexpr int kWeightsBytes = kInShared * kThreads * kVectors * int(sizeof(uint4));
   static constexpr int kPassElements = kColumns * kUnits;
   // An odd number of 16-byte vectors: neighbouring threads meet in no bank.
   static constexpr int kParkedBytes = 48;
   static constexpr int kWindowBytes = kWarps * 4 * 16;
   static constexpr RNNLM_HD int passes(int rows) { return (rows + kColumns - 1) / kColumns; }
   static constexpr int64_t shared_bytes(int rows) {
-    return kWeightsBytes + kPassElements * kParkedBytes + 2 * Partials::kBytes + kWindowBytes +
+    return kWeightsBytes + kWarps * kShareBytes + kPassElements * kParkedBytes +
+           2 * Partials::kBytes + kWindowBytes +
            int64_t{passes(rows)} * kPassElements * int64_t(sizeof(float)) +
            2 * int64_t(sizeof(uint32_t));
   }
@@ -339,6 +370,8 @@ class GridBackward {
     unsigned char* shared = ptx::dynamic_shared();
     weights_beyond_ = reinterpret_cast<uint4*>(shared) + threadIdx.x;
     shared += Config::kWeightsBytes;
+    share_ = reinterpret_cast<uint4*>(shared + warp_ * Config::kShareBytes);
+    shared += Config::kWarps * Config::kShareBytes;
     parked_ = shared;
     shared += Config::kPassElements * Config::kParkedBytes;
     partials_ = shared;
@@ -426,13 +459,12 @@ class GridBackward {
   }
 
   // A fragment is 16 units x kStep rows of W_hh, in memory with the units side by side. Each lane
-  // loads two of its 64 vectors.
-  RNNLM_DEVICE uint4 load_fragment(int f, int half) const {
-    constexpr int kVectors = Config::kUnits / kVectorOf<T>;  // of a row
-    const int part = part_of(f), vector = half * 32 + lane_;
-    const int k = fragment_k(f) + warp_ * Product::kStep + vector / kVectors;
-    const int unit =
-        static_cast<int>(blockIdx.x) * Config::kUnits + vector % kVectors * kVectorOf<T>;
+  // loads kVectors of its vectors.
+  RNNLM_DEVICE uint4 load_vector_of(int f, int i) const {
+    constexpr int kOfRow = Config::kUnits / kVectorOf<T>;
+    const int part = part_of(f), vector = i * 32 + lane_;
+    const int k = fragment_k(f) + warp_ * Product::kStep + vector / kOfRow;
+    const int unit = static_cast<int>(blockIdx.x) * Config::kUnits + vector % kOfRow * kVectorOf<T>;
     const int64_t H = p_.hidden;
     uint4 loaded = zero_vector();
     if (k < part_length(part) && unit < p_.hidden) {
@@ -441,65 +473,74 @@ class GridBackward {
     }
     return loaded;
   }
-  // Makes of them vectors of one unit and consecutive rows, by way of shared memory: that of the
-  // partial sums, while there are none.
-  RNNLM_DEVICE void transpose(uint4 (&fragment)[2]) const {
-    constexpr int kVectors = Config::kUnits / kVectorOf<T>;
-    T* staged = reinterpret_cast<T*>(partials_ + warp_ * Config::kStagingBytes);
+  // Makes of them vectors of one unit and consecutive rows, by way of shared memory. On tensor
+  // cores a lane gets units 8 apart, else the 4 units of its slot.
+  RNNLM_DEVICE void transpose(uint4 (&fragment)[Config::kVectors]) const {
+    constexpr int kOfRow = Config::kUnits / kVectorOf<T>;
+    T* staged = Config::kIsFma ? reinterpret_cast<T*>(share_)
+                               : reinterpret_cast<T*>(partials_ + warp_ * Config::kStagingBytes);
     ptx::warp_sync();
     RNNLM_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const int vector = half * 32 + lane_;
-      T* column = staged + vector / kVectors;
-      const int unit = vector % kVectors * kVectorOf<T>;
-      const uint4& from = fragment[half];
+    for (int i = 0; i < Config::kVectors; ++i) {
+      const int vector = i * 32 + lane_;
+      T* column = staged + vector / kOfRow;
+      const int unit = vector % kOfRow * kVectorOf<T>;
+      const uint4& from = fragment[i];
       const uint32_t words[4] = {from.x, from.y, from.z, from.w};
       RNNLM_UNROLL
-      for (int i = 0; i < kVectorOf<T>; ++i) {
-        column[staged_row(unit + i)].bits = static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2)));
+      for (int e = 0; e < kVectorOf<T>; ++e) {
+        T& to = column[staged_row(unit + e)];
+        if constexpr (kIs16Bit<T>)
+          to.bits = static_cast<uint16_t>(words[e / 2] >> (16 * (e % 2)));
+        else
+          to = ptx::float_from_bits(words[e]);
       }
     }
     ptx::warp_sync();
     RNNLM_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      fragment[half] = *reinterpret_cast<const uint4*>(
-          staged + staged_row(half * 8 + lane_g(lane_)) + Product::k_of(lane_));
+    for (int i = 0; i < Config::kVectors; ++i) {
+      const int unit = Config::kIsFma ? slot() * 4 + i : i * 8 + lane_g(lane_);
+      const int k = Config::kIsFma ? split() * kVectorOf<T> : Product::k_of(lane_);
+      fragment[i] = *reinterpret_cast<const uint4*>(staged + staged_row(unit) + k);
+      if constexpr (std::is_same_v<Product, HeldTf32>)
+        fragment[i] = Product::round_weights(fragment[i]);
     }
   }
-  // 64 bytes a unit; half a row of banks lies between the units of the two halves, which are
-  // stored side by side.
+  // Where a unit's k lie. Between units whose vectors are stored side by side lie as many bytes as
+  // the store fills of a row of banks.
   static RNNLM_DEVICE int staged_row(int unit) {
-    return unit * Product::kStep + unit / 8 * (Product::kStep / 2);
+    constexpr int kGap = 32 / int(sizeof(T));
+    return unit * Product::kStep + unit / kVectorOf<T> * kGap;
   }
   // As many at a time as have their loads under way together: more would cost too many registers
   // for addresses.
   template <int kCount>
-  RNNLM_DEVICE void load_fragments(int first, uint4 (*fragments)[2]) const {
+  RNNLM_DEVICE void load_fragments(int first, uint4 (*fragments)[Config::kVectors]) const {
     RNNLM_UNROLL
     for (int i = 0; i < kCount; ++i) {
-      fragments[i][0] = load_fragment(first + i, 0);
-      fragments[i][1] = load_fragment(first + i, 1);
+      RNNLM_UNROLL
+      for (int v = 0; v < Config::kVectors; ++v) fragments[i][v] = load_vector_of(first + i, v);
     }
     RNNLM_UNROLL
     for (int i = 0; i < kCount; ++i) transpose(fragments[i]);
   }
   RNNLM_DEVICE void load_weights() {
-    constexpr int kTogether = 4, kRest = Config::kInRegisters % kTogether;
+    constexpr int kTogether = 8 / Config::kVectors, kRest = Config::kInRegisters % kTogether;
     RNNLM_UNROLL
     for (int f = 0; f + kTogether <= Config::kInRegisters; f += kTogether)
       load_fragments<kTogether>(f, weights_ + f);
     load_fragments<kRest>(Config::kInRegisters - kRest, weights_ + Config::kInRegisters - kRest);
-    constexpr int kBeside = 2;  // the registers are full of weights by now
+    constexpr int kBeside = 4 / Config::kVectors;  // the registers are full of weights by now
     static_assert(Config::kInShared % kBeside == 0);
     RNNLM_NO_UNROLL
     for (int i = 0; i < Config::kInShared; i += kBeside) {
-      uint4 fragments[kBeside][2];
+      uint4 fragments[kBeside][Config::kVectors];
       load_fragments<kBeside>(Config::kInRegisters + i, fragments);
       RNNLM_UNROLL
       for (int j = 0; j < kBeside; ++j) {
-        uint4* to = weights_beyond_ + (i + j) * 2 * Config::kThreads;
-        to[0] = fragments[j][0];
-        to[Config::kThreads] = fragments[j][1];
+        uint4* to = weights_beyond_ + (i + j) * Config::kVectors * Config::kThreads;
+        RNNLM_UNROLL
+        for (int v = 0; v < Config::kVectors; ++v) to[v * Config::kThreads] = fragments[j][v];
       }
     }
   }
@@ -526,8 +567,10 @@ class GridBackward {
 
   // Of batch rows `first` .. of a step, those below `end`.
   RNNLM_DEVICE Source source_of(const Step& step, int first, int end, int tile) const {
-    const int b = first + tile * kTileColumns + Product::state_row(lane_, 0);
-    const int k = warp_ * Product::kStep + Product::k_of(lane_);
+    return source_of_row(step, first + tile * kTileColumns + Product::state_row(lane_, 0), end,
+                         warp_ * Product::kStep + Product::k_of(lane_));
+  }
+  RNNLM_DEVICE Source source_of_row(const Step& step, int b, int end, int k) const {
     const int64_t H = p_.hidden, row = step.start + b;
     const T* dgates = p_.dgates + row * Cell::kGates * H + k;
     const T* rest =
@@ -591,9 +634,10 @@ class GridBackward {
     return any;
   }
 
-  RNNLM_DEVICE uint4 weights(int f, int half) const {
-    if (f < Config::kInRegisters) return weights_[f][half];
-    return weights_beyond_[((f - Config::kInRegisters) * 2 + half) * Config::kThreads];
+  RNNLM_DEVICE uint4 weights(int f, int vector) const {
+    if (f < Config::kInRegisters) return weights_[f][vector];
+    return weights_beyond_[((f - Config::kInRegisters) * Config::kVectors + vector) *
+                           Config::kThreads];
   }
 
   // This warp's part of the product of fragments kBegin .. kEnd - 1 with what `source` has.
@@ -644,6 +688,128 @@ class GridBackward {
     return true;
   }
 
+  // --- the product with plain multiply-adds ---
+  //
+  // For 1, 2, 4 or 8 rows: a batch is 128 vectors of them, four a lane, and the fewer rows the more
+  // k. What has arrived goes into the warp's window, the loads of the next batch set out, and all
+  // lanes read from the window what their weights are to be multiplied by.
+
+  RNNLM_DEVICE int slot() const { return lane_ % 4; }   // of units: 4 slot .. 4 slot + 3
+  RNNLM_DEVICE int split() const { return lane_ / 4; }  // of a fragment's k
+
+  using Batch = uint4[4];
+
+  // Where the lane's vectors of a batch lie: `kOfRow` of a row are loaded together, of which this
+  // lane's is one of the same in each load.
+  template <int kOfRow>
+  RNNLM_DEVICE Source source_of_batch(const Step& step, int first, int end) const {
+    const int vector = lane_ % kOfRow;
+    return source_of_row(step, first + lane_ / kOfRow, end,
+                         warp_ * Product::kStep + vector / Config::kSplits * Config::kSpan +
+                             vector % Config::kSplits * kVectorOf<T>);
+  }
+  // The i-th of them, null if there is nothing to poll.
+  template <int kBegin, int kEnd, int kRows>
+  RNNLM_DEVICE const uint4* place_in_batch(const Source& source, int batch, int i) const {
+    constexpr int kOfRow = 32 / kRows;
+    constexpr int kFragmentsOfLoad = kOfRow > Config::kSplits ? kOfRow / Config::kSplits : 1;
+    const int vector = (batch * 4 + i) * kOfRow, f = kBegin + vector / Config::kSplits;
+    bool rest = f >= Config::kFirstPart;
+    if (kEnd > Config::kFirstPart && !rest && f + kFragmentsOfLoad > Config::kFirstPart)
+      rest = f + lane_ % kOfRow / Config::kSplits >= Config::kFirstPart;
+    const int k = (rest ? f - Config::kFirstPart : f) * Config::kSpan +
+                  vector % Config::kSplits * kVectorOf<T>;
+    if (f >= kEnd || source.k >= part_length(rest ? 1 : 0) - k) return nullptr;
+    return reinterpret_cast<const uint4*>((rest ? source.part[1] : source.part[0]) + k);
+  }
+  template <int kBegin, int kEnd, int kRows>
+  RNNLM_DEVICE void poll_batch(Batch& vectors, int batch, const Source& source) const {
+    RNNLM_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const uint4* place = place_in_batch<kBegin, kEnd, kRows>(source, batch, i);
+      vectors[i] = place != nullptr ? ptx::ld_relaxed_v4(place) : zero_vector();
+    }
+  }
+  static RNNLM_DEVICE bool is_complete(const Batch& vectors) {
+    return larger(larger(largest_word(vectors[0]), largest_word(vectors[1])),
+                  larger(largest_word(vectors[2]), largest_word(vectors[3]))) != kNotYet;
+  }
+  // Whether a fragment reaches into the matrix: H may be smaller than the fragments allow.
+  RNNLM_DEVICE bool holds_weights_of(int f) const {
+    return fragment_k(f) < part_length(part_of(f));
+  }
+
+  // This warp's part of the product of fragments kBegin .. kEnd - 1 with rows `first` .. of a step,
+  // into the partial sums. False: gave up waiting.
+  template <int kBegin, int kEnd, int kRows>
+  RNNLM_DEVICE bool multiply_rows(const Step& from, int first, int end) const {
+    constexpr int kOfRow = 32 / kRows, kOfBatch = 4 * kOfRow / Config::kSplits;  // fragments
+    constexpr int kBatches = (kEnd - kBegin + kOfBatch - 1) / kOfBatch;
+    const Source source = source_of_batch<kOfRow>(from, first, end);
+    // Of the window's first row: this lane's part of fragment 0.
+    const uint4* own = share_ + (kOfRow < Config::kSplits
+                                     ? split() / kOfRow * Config::kSharePitch + split() % kOfRow
+                                     : split());
+    float d[kRows][4] = {};
+    Batch vectors;
+    poll_batch<kBegin, kEnd, kRows>(vectors, 0, source);
+    RNNLM_UNROLL
+    for (int batch = 0; batch < kBatches; ++batch) {
+      if (ptx::warp_any(!is_complete(vectors))) {
+        Wait wait(p_.abort_word, p_.limit);
+        do {
+          if (ptx::warp_any(!wait.again())) return false;
+          RNNLM_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            if (!complete(vectors[i]))
+              vectors[i] =
+                  ptx::ld_relaxed_v4(place_in_batch<kBegin, kEnd, kRows>(source, batch, i));
+          }
+        } while (ptx::warp_any(!is_complete(vectors)));
+      }
+      ptx::warp_sync();  // all have read what lay there
+      RNNLM_UNROLL
+      for (int i = 0; i < 4; ++i) share_[i * Config::kSharePitch + lane_] = vectors[i];
+      ptx::warp_sync();
+      if (batch + 1 < kBatches) poll_batch<kBegin, kEnd, kRows>(vectors, batch + 1, source);
+      RNNLM_UNROLL
+      for (int i = 0; i < kOfBatch; ++i) {
+        const int f = kBegin + batch * kOfBatch + i;
+        if (f >= kEnd) break;
+        if (!holds_weights_of(f)) continue;
+        const int vector = i * Config::kSplits;
+        const uint4* part = own + vector / kOfRow * Config::kSharePitch + vector % kOfRow;
+        uint4 w[4];
+        RNNLM_UNROLL
+        for (int u = 0; u < 4; ++u) w[u] = weights(f, u);
+        RNNLM_UNROLL
+        for (int row = 0; row < kRows; ++row) {
+          const uint4 state = part[row * kOfRow];
+          RNNLM_UNROLL
+          for (int u = 0; u < 4; ++u) multiply_add(d[row][u], w[u], state);
+        }
+      }
+    }
+    int column = 0;
+    bool keeps = true;
+    add_splits<kRows, 16, 32 / Config::kSplits>(d, lane_, column, keeps);
+    if (keeps) {
+      float* to = partials().sums + warp_ * Partials::place_of_sum(0, Config::kColumns) +
+                  Partials::place_of_sum(4 * slot(), column);
+      *reinterpret_cast<uint4*>(to) = uint4{ptx::float_bits(d[0][0]), ptx::float_bits(d[0][1]),
+                                            ptx::float_bits(d[0][2]), ptx::float_bits(d[0][3])};
+    }
+    return true;
+  }
+  // The same, for as many rows as there are.
+  template <int kBegin, int kEnd>
+  RNNLM_DEVICE bool multiply_rows(const Step& from, int first, int end) const {
+    if (end - first > 4) return multiply_rows<kBegin, kEnd, 8>(from, first, end);
+    if (end - first > 2) return multiply_rows<kBegin, kEnd, 4>(from, first, end);
+    if (end - first > 1) return multiply_rows<kBegin, kEnd, 2>(from, first, end);
+    return multiply_rows<kBegin, kEnd, 1>(from, first, end);
+  }
+
   // --- passes ---
 
   // Registers are for weights: what a thread prepares before a wait lies in shared memory
@@ -674,16 +840,22 @@ class GridBackward {
   template <int kBegin, int kEnd>
   RNNLM_DEVICE void compute_partials(const Step& from, int first, int end) {
     parity_ ^= 1;
-    Source source[kTiles];
-    RNNLM_UNROLL
-    for (int tile = 0; tile < kTiles; ++tile) source[tile] = source_of(from, first, end, tile);
-    float sum[kTiles][4] = {};
-    if (multiply<kBegin, kEnd>(source, sum)) {
+    bool arrived = true;
+    if constexpr (Config::kIsFma) {
+      arrived = multiply_rows<kBegin, kEnd>(from, first, end);
+    } else {
+      Source source[kTiles];
       RNNLM_UNROLL
-      for (int tile = 0; tile < kTiles; ++tile) partials().store(warp_, lane_, 0, tile, sum[tile]);
-    } else if (lane_ == 0) {
-      gave_up_[parity_] = 1;
+      for (int tile = 0; tile < kTiles; ++tile) source[tile] = source_of(from, first, end, tile);
+      float sum[kTiles][4] = {};
+      arrived = multiply<kBegin, kEnd>(source, sum);
+      if (arrived) {
+        RNNLM_UNROLL
+        for (int tile = 0; tile < kTiles; ++tile)
+          partials().store(warp_, lane_, 0, tile, sum[tile]);
+      }
     }
+    if (!arrived && lane_ == 0) gave_up_[parity_] = 1;
     __syncthreads();
   }
   RNNLM_DEVICE Partials partials() const {
@@ -747,11 +919,13 @@ class GridBackward {
   const int first_row_, end_row_;
   int parity_ = 0;
 
-  uint4 weights_[Config::kInRegisters][2];
-  // In shared memory: the thread's other fragments; what threads prepare before a wait; partial
-  // sums, twice; the warp's window of steps; the thread's state of each pass; whether a warp gave
-  // up waiting, once for each set of partial sums.
+  uint4 weights_[Config::kInRegisters][Config::kVectors];
+  // In shared memory: the thread's other fragments; the warp's window of gradients, for plain
+  // multiply-adds; what threads prepare before a wait; partial sums, twice; the warp's window of
+  // steps; the thread's state of each pass; whether a warp gave up waiting, once for each set of
+  // partial sums.
   uint4* weights_beyond_;
+  uint4* share_;
   unsigned char* parked_;
   unsigned char* partials_;
   Step* window_;

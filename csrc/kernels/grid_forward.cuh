@@ -1,16 +1,21 @@
 // A layer's forward recurrence in one launch that uses all SMs: the grid tier.
 //
 // Who owns what. The grid is [ctas, groups]. CTA x holds the weights of hidden units 16x .. 16x +
-// 15 for the whole launch, as tensor-core fragments in registers (of the widest layers partly in
-// shared memory). Group y runs batch rows y * group_rows .. and never waits for another group. In a
+// 15 for the whole launch in registers, as what the lane multiplies: fragments of tensor cores, or
+// of plain multiply-adds where float32 must not be rounded (of the widest layers partly in shared
+// memory). Group y runs batch rows y * group_rows .. and never waits for another group. In a
 // CTA the eight warps split k: of every step each warp gathers its eighth of h and multiplies it by
 // its eighth of the weights, for all the CTA's gates.
 //
 // A step, for 8 or 16 rows ("a pass"; a group of more rows takes several, one after the other, and
 // the words of one pass travel while the next is computed):
 //   gather   each warp polls the words of its k in the previous step's `output` (device/exchange.h)
-//            with 16-byte loads that land in the registers that the tensor cores read;
-//   multiply and leave partial sums in shared memory, one of two buffers;
+//            with 16-byte loads that land in the registers that the tensor cores read. With plain
+//            multiply-adds they go on into a window of shared memory of the warp, as every lane
+//            needs what the others have (device/fma.h);
+//   multiply and leave partial sums in shared memory, one of two buffers. Plain multiply-adds take
+//            four rows together, as the weights in shared memory are read once for all of them,
+//            then two, then one, and none that no row of the step needs;
 //   barrier  the only __syncthreads of an exchange;
 //   finish   warp w takes rows w, w + 8 of the pass. Lane 4j + q has gate q of units 2j and 2j + 1:
 //            it adds up the eight partial sums, the input gates, the bias; device/cell.h does the
@@ -29,6 +34,7 @@
 
 #include "device/cell.h"
 #include "device/exchange.h"
+#include "device/fma.h"
 #include "device/product.h"
 #include "device/sequence.h"
 
@@ -89,21 +95,7 @@ struct GridExchange<GruBeforeCell<T>, 1> {
   static RNNLM_DEVICE int x_gate(int q) { return q == 2 ? 2 : -1; }
 };
 
-// float32 rounded to TF32, the weights once, when they are loaded.
-struct HeldTf32 : TensorCoreTf32 {
-  static RNNLM_DEVICE uint4 round_weights(const uint4& w) {
-    return {round(w.x), round(w.y), round(w.z), round(w.w)};
-  }
-  static RNNLM_DEVICE void multiply(float (&d)[4], const uint4& w, const uint4& w8,
-                                    const uint4 (&h)[1]) {
-    const uint32_t a0[4] = {w.x, w8.x, w.y, w8.y}, b0[2] = {round(h[0].x), round(h[0].y)};
-    const uint32_t a1[4] = {w.z, w8.z, w.w, w8.w}, b1[2] = {round(h[0].z), round(h[0].w)};
-    ptx::mma_tf32(d, a0, b0);
-    ptx::mma_tf32(d, a1, b1);
-  }
-};
-
-// Product: TensorCore16 or HeldTf32. kFragments: of each weight row, in each warp.
+// Product: TensorCore16, HeldTf32 or HeldFma. kFragments: of each weight row, in each warp.
 // kTiles: tiles of 8 batch rows in a pass.
 template <class Product_, template <class> class Cell_, int kFragments_, int kTiles_>
 struct GridForwardConfig {
@@ -119,6 +111,8 @@ struct GridForwardConfig {
   static constexpr int kUnits = 16;
   static constexpr int kPassRows = kTiles * kTileColumns;
 
+  static constexpr bool kIsFma = kIsHeldFma<Product>;
+  static constexpr bool kIsTf32 = std::is_same_v<Product, HeldTf32>;
   static constexpr bool kIsLstm = std::is_same_v<Cell, LstmCell<T>>;
   static constexpr int kExchanges = std::is_same_v<Cell, GruBeforeCell<T>> ? 2 : 1;
   template <int kIndex>
@@ -126,31 +120,45 @@ struct GridForwardConfig {
   static constexpr int kMostRows = Exchange<0>::kRows;
   static constexpr int kAllRows = kExchanges == 2 ? 3 : kMostRows;
 
-  // Fragments of a weight row in registers: as many as a thread has room for (one of kAllRows rows
-  // takes 8 each) beside the state that it multiplies them by and what waits for the next step, of
-  // which float32 takes twice as much. Those of the widest layers that find none wait in shared
-  // memory.
-  static constexpr int kRoom = kIs16Bit<T> ? (kIsLstm ? 6 : 7) : (kIsLstm ? 5 : 6);
-  static constexpr int kHeld = kFragments <= kRoom          ? kFragments
-                               : kFragments == 8 && kIsLstm ? kRoom - 1
-                                                            : kRoom;
-  static constexpr int kInShared = kFragments - kHeld;
+  // Of a weight row a thread has two vectors a fragment. In registers are as many as it has room
+  // for (one of kAllRows rows takes 4 each) beside the state that it multiplies them by and what
+  // waits for the next step, of which float32 takes twice as much. Those of the widest layers that
+  // find none wait in shared memory. Multiply-adds get by with less beside them, as they read the
+  // state out of shared memory.
+  static constexpr int kVectors = 2 * kFragments;
+  static constexpr int kRoom =
+      kIsFma ? (kIsLstm ? (kFragments == 8 ? 10 : 11) : 12)
+             : (kIsLstm ? (kFragments == 8 ? 10 : 12) : 14) - (kIsTf32 ? 2 : 0);
+  static constexpr int kHeld = kVectors < kRoom ? kVectors : kRoom;
+  static constexpr int kInShared = kVectors - kHeld;
   // Whether a pass may load h for the next one while it finishes: where registers are left.
-  static constexpr bool kLooksAhead = kAllRows * kHeld * 8 + 4 * kFragments <= 144;
+  static constexpr bool kLooksAhead = kAllRows * kHeld * 4 + 4 * kFragments <= 144;
 
-  // Shared memory: weights, two buffers of partial sums, c or h of the group's rows, z of a
-  // reset-before GRU's, flags.
+  // Plain multiply-adds: columns of a tile that are multiplied together, and the window of shared
+  // memory through which a warp's lanes hand each other its k of 8 columns. Two neighbouring
+  // columns are stored side by side, in different banks: of the odd ones the fragments are in pairs
+  // swapped.
+  static constexpr int kTogether = 4;
+  static constexpr int kWindowPitch = 4 * kFragments;  // vectors
+  static RNNLM_DEVICE int place_in_window(int column, int f) {
+    return column * kWindowPitch + 4 * (kFragments % 2 == 0 ? f ^ (column & 1) : f);
+  }
+  static constexpr int kWindowBytes =
+      kIsFma ? kWarps * kTileColumns * kWindowPitch * int(sizeof(uint4)) : 0;
+
+  // Shared memory: weights, windows, two buffers of partial sums, c or h of the group's rows, z of
+  // a reset-before GRU's, flags.
   template <int kIndex>
   using Sums = PartialSums<A, Exchange<kIndex>::kRows * kTileRows, kPassRows, kWarps>;
-  static constexpr int kWeightBytes = kInShared * kAllRows * 2 * kThreads * int(sizeof(uint4));
+  static constexpr int kWeightBytes = kInShared * kAllRows * kThreads * int(sizeof(uint4));
   static constexpr int kSumsBytes = Sums<0>::kBytes;
   static constexpr int kFlagBytes = 16;
   static constexpr int kRowState = kExchanges * kUnits;  // numbers of a batch row
-  static constexpr int kLeastSharedBytes =
-      kWeightBytes + 2 * kSumsBytes + kPassRows * kRowState * int(sizeof(A)) + kFlagBytes;
+  static constexpr int kFixedBytes = kWeightBytes + kWindowBytes + 2 * kSumsBytes + kFlagBytes;
+  static constexpr int kLeastSharedBytes = kFixedBytes + kPassRows * kRowState * int(sizeof(A));
   static constexpr int64_t shared_bytes(int64_t group_rows) {
     const int64_t rows = (group_rows + kPassRows - 1) / kPassRows * kPassRows;
-    return kWeightBytes + 2 * kSumsBytes + rows * kRowState * int64_t{sizeof(A)} + kFlagBytes;
+    return kFixedBytes + rows * kRowState * int64_t{sizeof(A)};
   }
 };
 
@@ -172,19 +180,24 @@ struct GridWeights {
   static constexpr int kChains = kRows == 1 ? 2 : 1;
   using Sums = float[kRows * kChains][4];
 
-  uint4 held[kRows][Config::kHeld][2];
-  uint4* shared;  // [kInShared][kRows][2][kThreads], from this thread's on
-  static constexpr int kSharedVectors = Config::kInShared * kRows * 2 * Config::kThreads;
+  // Of a fragment a thread holds two vectors of each of kRows rows. On tensor cores these are the
+  // lane's share of a tile of 16 rows of the product, halves 8 rows apart. With plain multiply-adds
+  // they are of one unit and two vectors of k, the lanes splitting k in two; of one or two rows a
+  // unit, of two units and one vector, the lanes splitting k in four (device/fma.h).
+  static constexpr int kSplits = kRows > 2 ? 2 : 4;
+  static constexpr int kLaneRows = kRows * kSplits / 2;  // weight rows of which a lane has sums
+
+  uint4 held[kRows][Config::kHeld];
+  uint4* shared;  // [kInShared][kRows][kThreads], from this thread's on
+  static constexpr int kSharedVectors = Config::kInShared * kRows * Config::kThreads;
 
   // The warp has k from fragment `begin` on, `count` fragments.
   RNNLM_DEVICE void load(const GridForwardParams<T>& p, uint4* in_shared, int begin, int count) {
     shared = in_shared + threadIdx.x;
     // First those that do not stay in registers.
-    for (int f = Config::kHeld; f < Config::kFragments; ++f) {
-      for (int tile = 0; tile < kRows; ++tile) {
-        for (int half = 0; half < 2; ++half)
-          shared[at(f, tile, half)] = fragment(p, row(p, tile, half), begin, f, count);
-      }
+    for (int v = Config::kHeld; v < Config::kVectors; ++v) {
+      for (int tile = 0; tile < kRows; ++tile)
+        shared[at(v, tile)] = load_one(p, row(p, tile, v % 2), begin, v, count);
     }
     RNNLM_UNROLL
     for (int tile = 0; tile < kRows; ++tile) {
@@ -192,8 +205,8 @@ struct GridWeights {
       for (int half = 0; half < 2; ++half) {
         const T* weights = row(p, tile, half);
         RNNLM_UNROLL
-        for (int f = 0; f < Config::kHeld; ++f)
-          held[tile][f][half] = fragment(p, weights, begin, f, count);
+        for (int v = half; v < Config::kHeld; v += 2)
+          held[tile][v] = load_one(p, weights, begin, v, count);
       }
     }
   }
@@ -203,31 +216,66 @@ struct GridWeights {
     RNNLM_UNROLL
     for (int tile = 0; tile < kRows; ++tile) {
       float (&d)[4] = sums[tile * kChains + f % kChains];
-      if (f < Config::kHeld)
-        Product::multiply(d, held[tile][f][0], held[tile][f][1], h);
-      else
-        Product::multiply(d, shared[at(f, tile, 0)], shared[at(f, tile, 1)], h);
+      Product::multiply(d, weights(2 * f, tile), weights(2 * f + 1, tile), h);
+    }
+  }
+
+  // Plain multiply-adds. First of a lane's vectors in the window; the first row of the product of
+  // which it has sums, `half` of them.
+  static RNNLM_DEVICE int first_vector(int lane) { return lane / (32 / kSplits) * (4 / kSplits); }
+  static RNNLM_DEVICE int first_row(int lane, int half) {
+    return (lane % (32 / kSplits) + (kSplits == 4 ? 8 * half : 0)) * kRows;
+  }
+  // sums += weights times columns of the window, from an even one on: where its first vector lies.
+  template <int kColumns>
+  RNNLM_DEVICE void multiply(const uint4* window, int fragments,
+                             float (&sums)[kColumns][kLaneRows]) const {
+    RNNLM_UNROLL
+    for (int f = 0; f < Config::kFragments; ++f) {
+      if (f > 0 && f >= fragments) break;
+      RNNLM_UNROLL
+      for (int vector = 0; vector < 4 / kSplits; ++vector) {
+        uint4 h[kColumns];
+        RNNLM_UNROLL
+        for (int c = 0; c < kColumns; ++c) h[c] = window[Config::place_in_window(c, f) + vector];
+        RNNLM_UNROLL
+        for (int r = 0; r < kLaneRows; ++r) {
+          const int tile = r % kRows, half = kSplits == 4 ? r / kRows : vector;
+          const uint4 w = weights(2 * f + half, tile);
+          RNNLM_UNROLL
+          for (int c = 0; c < kColumns; ++c) multiply_add(sums[c][r], w, h[c]);
+        }
+      }
     }
   }
 
  private:
   // This lane's row of W_hh in half a tile, or null.
   static RNNLM_DEVICE const T* row(const GridForwardParams<T>& p, int tile, int half) {
-    const int row = tile * kTileRows + half * 8 + lane_g(threadIdx.x % 32);
+    const int lane = threadIdx.x % 32;
+    const int row =
+        Config::kIsFma ? first_row(lane, half) + tile : tile * kTileRows + half * 8 + lane_g(lane);
     const int unit = blockIdx.x * Config::kUnits + grid_unit_of_slot(row / kRows);
     const int64_t gate = Exchange::row_gate(row % kRows);
     return unit < p.hidden ? p.w_hh + (gate * p.hidden + unit) * p.hidden : nullptr;
   }
-  static RNNLM_DEVICE uint4 fragment(const GridForwardParams<T>& p, const T* row, int begin, int f,
+  // Vector v of a row: half v % 2 of fragment v / 2.
+  static RNNLM_DEVICE uint4 load_one(const GridForwardParams<T>& p, const T* row, int begin, int v,
                                      int count) {
-    const int k = (begin + f) * Product::kStep + Product::k_of(threadIdx.x % 32);
+    const int lane = threadIdx.x % 32, f = v / 2;
+    const int in_window = first_vector(lane) + (kSplits == 2 ? v % 2 : 0);
+    const int k = (begin + f) * Product::kStep +
+                  (Config::kIsFma ? in_window * kVectorOf<T> : Product::k_of(lane));
     const uint4 weights =
         f < count ? load_vector</*kAligned=*/true>(row, k, p.hidden) : zero_vector();
-    if constexpr (std::is_same_v<Product, HeldTf32>) return Product::round_weights(weights);
+    if constexpr (Config::kIsTf32) return Product::round_weights(weights);
     return weights;
   }
-  static RNNLM_DEVICE int at(int f, int tile, int half) {
-    return (((f - Config::kHeld) * kRows + tile) * 2 + half) * Config::kThreads;
+  RNNLM_DEVICE uint4 weights(int v, int tile) const {
+    return v < Config::kHeld ? held[tile][v] : shared[at(v, tile)];
+  }
+  static RNNLM_DEVICE int at(int v, int tile) {
+    return ((v - Config::kHeld) * kRows + tile) * Config::kThreads;
   }
 };
 
@@ -357,8 +405,11 @@ class GridForward {
         group_end_(smaller(params.seq.batch, group_begin_ + params.group_rows)) {
     unsigned char* shared = ptx::dynamic_shared();
     uint4* weights = reinterpret_cast<uint4*>(shared);
-    sums_ = reinterpret_cast<A*>(shared + Config::kWeightBytes);
-    flags_ = reinterpret_cast<uint32_t*>(shared + Config::kWeightBytes + 2 * Config::kSumsBytes);
+    shared += Config::kWeightBytes;
+    window_ = reinterpret_cast<uint4*>(shared + warp() * (Config::kWindowBytes / Config::kWarps));
+    shared += Config::kWindowBytes;
+    sums_ = reinterpret_cast<A*>(shared);
+    flags_ = reinterpret_cast<uint32_t*>(shared + 2 * Config::kSumsBytes);
     state_ = reinterpret_cast<A*>(flags_ + Config::kFlagBytes / 4);
 
     // Warps share the fragments evenly; with fewer than kFragments each the rest stays unused.
@@ -481,6 +532,92 @@ class GridForward {
     }
   }
 
+  // --- multiply
+
+  template <class Sums>
+  RNNLM_DEVICE int place_of_store() const {
+    if constexpr (Config::kIsFma)
+      return warp() * Sums::place_of_sum(0, Config::kPassRows);
+    else
+      return Sums::place_of_store(warp(), lane());
+  }
+  // On tensor cores. The registers of h are free as soon as they have been multiplied: for the next
+  // tile or pass.
+  template <class Weights, class Sums>
+  RNNLM_DEVICE void multiply_tile(const Weights& weights, const Sums& own, int tile,
+                                  const Source& next, bool loads_next) {
+    typename Weights::Sums d;
+    RNNLM_UNROLL
+    for (auto& tile_sums : d) {
+      RNNLM_UNROLL
+      for (A& sum : tile_sums) sum = 0;
+    }
+    RNNLM_UNROLL
+    for (int f = 0; f < kFragments; ++f) {
+      if (f == 0 || f < fragments_) weights.multiply(f, h_[f], d);
+      if (loads_next) h_[f][0] = load_h(next, f);
+    }
+    RNNLM_UNROLL
+    for (int m = 0; m < Weights::kRows; ++m) {
+      if constexpr (Weights::kChains == 2) {
+        RNNLM_UNROLL
+        for (int j = 0; j < 4; ++j) d[2 * m][j] += d[2 * m + 1][j];
+      }
+      own.store(0, 0, m, tile, d[m * Weights::kChains]);
+    }
+  }
+  // Plain multiply-adds: what the lanes have gathered, for all of them to read ...
+  RNNLM_DEVICE void share_h() const {
+    ptx::warp_sync();  // all have read what lay there
+    RNNLM_UNROLL
+    for (int f = 0; f < kFragments; ++f)
+      window_[Config::place_in_window(lane_g(lane()), f) + lane_t(lane())] = h_[f][0];
+    ptx::warp_sync();
+  }
+  // ... and the product, for the columns that take part: the sums of others nobody uses.
+  template <class Weights, class Sums>
+  RNNLM_DEVICE void multiply_tile(const Weights& weights, const Sums& own, int tile,
+                                  int columns) const {
+    columns = smaller(columns, kTileColumns);
+    int c = 0;
+    RNNLM_NO_UNROLL
+    for (; c + Config::kTogether <= columns; c += Config::kTogether)
+      multiply_columns<Config::kTogether>(weights, own, tile, c);
+    if (c + 2 <= columns) {
+      multiply_columns<2>(weights, own, tile, c);
+      c += 2;
+    }
+    if (c < columns) multiply_columns<1>(weights, own, tile, c);
+  }
+  template <int kColumns, class Weights, class Sums>
+  RNNLM_DEVICE void multiply_columns(const Weights& weights, const Sums& own, int tile,
+                                     int first) const {
+    constexpr int kSplits = Weights::kSplits, kRows = Weights::kRows;
+    constexpr int kHalves = Weights::kLaneRows / kRows;
+    constexpr int kLeft = kColumnsOfASplit<kColumns, kSplits>;
+    float d[kColumns][Weights::kLaneRows] = {};
+    weights.template multiply<kColumns>(
+        window_ + first * Config::kWindowPitch + Weights::first_vector(lane()), fragments_, d);
+    int column = tile * kTileColumns + first;
+    bool keeps = true;
+    add_splits<kColumns, 16, 32 / kSplits>(d, lane(), column, keeps);
+    if (!keeps) return;
+    RNNLM_UNROLL
+    for (int c = 0; c < kLeft; ++c) {
+      RNNLM_UNROLL
+      for (int half = 0; half < kHalves; ++half) {
+        A* to = own.sums + Sums::place_of_sum(Weights::first_row(lane(), half), column + c);
+        if constexpr (kRows == 4) {
+          *reinterpret_cast<uint4*>(to) = uint4{ptx::float_bits(d[c][0]), ptx::float_bits(d[c][1]),
+                                                ptx::float_bits(d[c][2]), ptx::float_bits(d[c][3])};
+        } else {
+          RNNLM_UNROLL
+          for (int r = 0; r < kRows; ++r) to[r] = d[c][half * kRows + r];
+        }
+      }
+    }
+  }
+
   // --- one exchange of one pass; false: the launch is over
 
   template <int kIndex, class Weights>
@@ -499,33 +636,25 @@ class GridForward {
     steps_.look_ahead();
 
     // Where this lane stores, worked out before the wait.
-    const Sums own{buffer + ptx::computed(Sums::place_of_store(warp(), lane()))};
+    const Sums own{buffer + ptx::computed(place_of_store<Sums>())};
     bool gave_up = false;
     RNNLM_UNROLL
     for (int tile = 0; tile < kTiles; ++tile) {
       const Source next = tile + 1 < kTiles ? source_of<kIndex>(pass, tile + 1)
                           : ahead           ? source_after<kIndex>(pass)
                                             : Source{nullptr, 0, false};
-      typename Weights::Sums d;
-      RNNLM_UNROLL
-      for (auto& tile_sums : d) {
-        RNNLM_UNROLL
-        for (A& sum : tile_sums) sum = 0;
-      }
+      const bool loads_next = tile + 1 < kTiles || ahead;
       gave_up = gave_up || !await(now);
-      RNNLM_UNROLL
-      for (int f = 0; f < kFragments; ++f) {
-        if (f == 0 || f < fragments_) weights.multiply(f, h_[f], d);
-        // The registers are free again: for the next tile or pass.
-        if (tile + 1 < kTiles || ahead) h_[f][0] = load_h(next, f);
-      }
-      RNNLM_UNROLL
-      for (int m = 0; m < Weights::kRows; ++m) {
-        if constexpr (Weights::kChains == 2) {
+      if constexpr (Config::kIsFma) {
+        share_h();
+        if (loads_next) {
           RNNLM_UNROLL
-          for (int j = 0; j < 4; ++j) d[2 * m][j] += d[2 * m + 1][j];
+          for (int f = 0; f < kFragments; ++f) h_[f][0] = load_h(next, f);
         }
-        own.store(0, 0, m, tile, d[m * Weights::kChains]);
+        multiply_tile(weights, own, tile,
+                      smaller(steps_.rows, group_end_) - place(pass).b - tile * kTileColumns);
+      } else {
+        multiply_tile(weights, own, tile, next, loads_next);
       }
       now = next;
     }
@@ -728,6 +857,7 @@ class GridForward {
   bool loaded_ = false;  // h_ is of the pass to come
   PairOfX x_;            // of the pass to come
   PairBits<T> bias_;
+  uint4* window_;  // of the warp: [8 columns][kWindowPitch]
   A* sums_;
   uint32_t* flags_;
   A* state_;

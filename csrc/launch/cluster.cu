@@ -20,7 +20,7 @@ Params params_of(const Layer& layer, const CudaCall& call) {
   return p;
 }
 
-template <class T>
+template <class Product, class T = typename Product::Element>
 Status forward(const LstmForward& layer, const CudaCall& call, const ClusterPlan& plan) {
   auto p = params_of<ClusterForwardParams<T>>(layer, call);
   p.gates_x = static_cast<const T*>(layer.gates_x);
@@ -33,10 +33,10 @@ Status forward(const LstmForward& layer, const CudaCall& call, const ClusterPlan
   p.c_n = static_cast<T*>(layer.c_n);
   p.cells = static_cast<float*>(layer.cells);
   p.saved = static_cast<T*>(layer.saved);
-  return ClusterKernels<ClusterLstm, T>::forward(p, call, plan);
+  return ClusterKernels<ClusterLstm, Product>::forward(p, call, plan);
 }
 
-template <class T>
+template <class Product, class T = typename Product::Element>
 Status forward(const GruForward& layer, const CudaCall& call, const ClusterPlan& plan) {
   auto p = params_of<ClusterForwardParams<T>>(layer, call);
   p.gates_x = static_cast<const T*>(layer.gates_x);
@@ -46,11 +46,11 @@ Status forward(const GruForward& layer, const CudaCall& call, const ClusterPlan&
   p.output = static_cast<T*>(layer.output);
   p.h_n = static_cast<T*>(layer.h_n);
   p.saved = static_cast<T*>(layer.saved);
-  if (layer.reset_before) return ClusterKernels<ClusterGruBefore, T>::forward(p, call, plan);
-  return ClusterKernels<ClusterGruAfter, T>::forward(p, call, plan);
+  if (layer.reset_before) return ClusterKernels<ClusterGruBefore, Product>::forward(p, call, plan);
+  return ClusterKernels<ClusterGruAfter, Product>::forward(p, call, plan);
 }
 
-template <class T>
+template <class Product, class T = typename Product::Element>
 Status backward(const LstmBackward& layer, const CudaCall& call, const ClusterPlan& plan) {
   auto p = params_of<ClusterBackwardParams<T>>(layer, call);
   p.grad_output = static_cast<const T*>(layer.grad_output);
@@ -64,10 +64,10 @@ Status backward(const LstmBackward& layer, const CudaCall& call, const ClusterPl
   p.dgates = static_cast<T*>(layer.dgates);
   p.dh0 = static_cast<T*>(layer.dh0);
   p.dc0 = static_cast<T*>(layer.dc0);
-  return ClusterKernels<ClusterLstm, T>::backward(p, call, plan);
+  return ClusterKernels<ClusterLstm, Product>::backward(p, call, plan);
 }
 
-template <class T>
+template <class Product, class T = typename Product::Element>
 Status backward(const GruBackward& layer, const CudaCall& call, const ClusterPlan& plan) {
   auto p = params_of<ClusterBackwardParams<T>>(layer, call);
   p.grad_output = static_cast<const T*>(layer.grad_output);
@@ -79,14 +79,14 @@ Status backward(const GruBackward& layer, const CudaCall& call, const ClusterPla
   p.dgates = static_cast<T*>(layer.dgates);
   p.candidate = static_cast<T*>(layer.candidate);
   p.dh0 = static_cast<T*>(layer.dh0);
-  if (layer.reset_before) return ClusterKernels<ClusterGruBefore, T>::backward(p, call, plan);
-  return ClusterKernels<ClusterGruAfter, T>::backward(p, call, plan);
+  if (layer.reset_before) return ClusterKernels<ClusterGruBefore, Product>::backward(p, call, plan);
+  return ClusterKernels<ClusterGruAfter, Product>::backward(p, call, plan);
 }
 
 // Status ok where there are kernels for the dtype and the device.
 Status check(DType dtype, const CudaCall& call, const ClusterPlan& plan) {
-  if (dtype != DType::bf16 && dtype != DType::f16)
-    return Status::unsupported("the block and cluster tiers are for bfloat16 and float16",
+  if (dtype == DType::f64)
+    return Status::unsupported("the block and cluster tiers are for bfloat16, float16 and float32",
                                "RNNLM_CUDA_TIER=stepwise runs any dtype");
   if (plan.ctas == 1) return Status::ok();
   DeviceLimits device;
@@ -102,15 +102,19 @@ template <class Layer>
 Status run_forward(const Layer& layer, const CudaCall& call, const ClusterPlan& plan) {
   const Status status = check(layer.dtype, call, plan);
   if (!status.is_ok()) return status;
-  return layer.dtype == DType::bf16 ? forward<Bf16>(layer, call, plan)
-                                    : forward<F16>(layer, call, plan);
+  if (layer.dtype == DType::bf16) return forward<TensorCore16<Bf16>>(layer, call, plan);
+  if (layer.dtype == DType::f16) return forward<TensorCore16<F16>>(layer, call, plan);
+  return plan.tf32 ? forward<StoredTf32>(layer, call, plan)
+                   : forward<ClusterFma>(layer, call, plan);
 }
 template <class Layer>
 Status run_backward(const Layer& layer, const CudaCall& call, const ClusterPlan& plan) {
   const Status status = check(layer.dtype, call, plan);
   if (!status.is_ok()) return status;
-  return layer.dtype == DType::bf16 ? backward<Bf16>(layer, call, plan)
-                                    : backward<F16>(layer, call, plan);
+  if (layer.dtype == DType::bf16) return backward<TensorCore16<Bf16>>(layer, call, plan);
+  if (layer.dtype == DType::f16) return backward<TensorCore16<F16>>(layer, call, plan);
+  return plan.tf32 ? backward<StoredTf32>(layer, call, plan)
+                   : backward<ClusterFma>(layer, call, plan);
 }
 
 }  // namespace

@@ -3,6 +3,6 @@
 
 namespace rnnlm {
 
-template struct ClusterKernels<ClusterLstm, Bf16>;
+template struct ClusterKernels<ClusterLstm, TensorCore16<Bf16>>;
 
 }  // namespace rnnlm

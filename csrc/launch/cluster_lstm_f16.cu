@@ -3,6 +3,6 @@
 
 namespace rnnlm {
 
-template struct ClusterKernels<ClusterLstm, F16>;
+template struct ClusterKernels<ClusterLstm, TensorCore16<F16>>;
 
 }  // namespace rnnlm

@@ -29,7 +29,8 @@ struct CostModel {
   // Arithmetic of an SM, per clock.
   double tensor_flops = 2680;  // quoted: mma.sync m16n8k16, the instruction's own ceiling
   double mma_cycles = 25;      // quoted: latency of one, hence the pace of a chain of them
-  double shared_bytes = 128;   // quoted: weights that are read from shared memory every step
+  double fma_flops = 200;  // derived: float32 exactly; 256 (quoted), less loads that it waits for
+  double shared_bytes = 128;  // quoted: weights that are read from shared memory every step
 
   // A step's work between product and next product, cycles (derived): a barrier, the sums of the
   // warps, the gates' chain of special functions; then per gate, and per sum of several warps.
@@ -41,6 +42,7 @@ struct CostModel {
   double host_launch_us = 2.2;      // quoted: what the CPU needs to enqueue one
   double launch_ramp_us = 1.3;      // quoted: one launch of a graph that depends on another
   double overlapped_ramp_us = 0.8;  // derived: where it may start early, its first loads are hidden
+  double side_by_side_us = 20;  // derived: events, change of streams, record_stream of ~20 tensors
 
   // A stepwise launch: gates and stores, and floating-point operations per microsecond of products
   // of this shape.

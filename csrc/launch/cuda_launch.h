@@ -110,6 +110,26 @@ inline Status fill_bytes(void* p, int byte, std::size_t bytes, std::uintptr_t st
                      "filling memory");
 }
 
+// A stream with the priority of another, which waits for no stream unless told to (the default
+// stream included). Creating one is no work for a stream either: see host_word().
+inline Status new_stream(std::uintptr_t like, std::uintptr_t* stream) {
+  const char* const doing = "creating a stream";
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  Status status = cuda_status(cudaThreadExchangeStreamCaptureMode(&mode), doing);
+  if (!status.is_ok()) return status;
+  int priority = 0;
+  cudaStream_t created = nullptr;
+  status = cuda_status(cudaStreamGetPriority(reinterpret_cast<cudaStream_t>(like), &priority),
+                       "asking for the priority of a stream");
+  if (status.is_ok()) {
+    status =
+        cuda_status(cudaStreamCreateWithPriority(&created, cudaStreamNonBlocking, priority), doing);
+    *stream = reinterpret_cast<std::uintptr_t>(created);
+  }
+  const Status restored = cuda_status(cudaThreadExchangeStreamCaptureMode(&mode), doing);
+  return status.is_ok() ? restored : status;
+}
+
 // A word, 0 at first and never freed, that the host and kernels of the current device both reach.
 // Allocating is no work for a stream, so a capture that goes on must not mind.
 inline Status host_word(uint32_t** on_host, uint32_t** on_device) {

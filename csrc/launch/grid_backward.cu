@@ -7,9 +7,10 @@
 namespace rnnlm {
 namespace {
 
-Status not_16_bits() {
-  return Status::unsupported("the grid tier's backward kernels are for bfloat16 and float16",
-                             "RNNLM_CUDA_TIER=stepwise runs any dtype");
+Status no_such_kernel() {
+  return Status::unsupported(
+      "the grid tier's backward kernels are for bfloat16, float16 and float32",
+      "RNNLM_CUDA_TIER=stepwise runs any dtype");
 }
 
 // What LSTM and GRU name alike.
@@ -33,53 +34,73 @@ GridBackwardParams<T> common_params(const Layer& layer, const CudaCall& call,
   return p;
 }
 
-template <class T>
+// Nothing has arrived yet in a tensor of the gradients of `units` units of every row.
+template <class T, class Layer>
+Status fill_not_yet(T* tensor, int64_t units, const Layer& layer, const CudaCall& call) {
+  const std::size_t values = static_cast<std::size_t>(total_rows(layer.seq) * units);
+  return fill_bytes(tensor, kNotYetByte, values * sizeof(T), call.stream);
+}
+
+template <class Product>
 Status lstm(const LstmBackward& layer, const CudaCall& call, const GridPlan& plan) {
+  using T = typename Product::Element;
   GridBackwardParams<T> p = common_params<T>(layer, call, plan);
   p.grad_c_n = static_cast<const T*>(layer.grad_c_n);
   p.grad_cells = static_cast<const float*>(layer.grad_cells);
   p.initial = static_cast<const T*>(layer.c0);
   p.cells = static_cast<const float*>(layer.cells);
   p.dc0 = static_cast<T*>(layer.dc0);
-  return launch_grid_backward<LstmGridBackward, TensorCore16<T>>(p, call, plan);
+  const Status filled = fill_not_yet(p.dgates, 4 * layer.hidden, layer, call);
+  if (!filled.is_ok()) return filled;
+  return launch_grid_backward<LstmGridBackward, Product>(p, call, plan);
 }
 
-template <class T>
+template <class Product>
 Status gru(const GruBackward& layer, const CudaCall& call, const GridPlan& plan) {
+  using T = typename Product::Element;
   GridBackwardParams<T> p = common_params<T>(layer, call, plan);
   p.initial = static_cast<const T*>(layer.h0);
   p.output = static_cast<const T*>(layer.output);
   p.candidate = static_cast<T*>(layer.candidate);
+  const Status filled = fill_not_yet(p.dgates, 3 * layer.hidden, layer, call);
+  if (!filled.is_ok()) return filled;
   if (layer.reset_before)
-    return launch_grid_backward<GruBeforeGridBackward, TensorCore16<T>>(p, call, plan);
-  return launch_grid_backward<GruAfterGridBackward, TensorCore16<T>>(p, call, plan);
-}
-
-// Nothing has arrived in a tensor of so many 16-bit values.
-Status fill_not_yet(void* p, int64_t values, const CudaCall& call) {
-  return fill_bytes(p, kNotYetByte, static_cast<std::size_t>(2 * values), call.stream);
+    return launch_grid_backward<GruBeforeGridBackward, Product>(p, call, plan);
+  const Status also = fill_not_yet(p.candidate, layer.hidden, layer, call);
+  if (!also.is_ok()) return also;
+  return launch_grid_backward<GruAfterGridBackward, Product>(p, call, plan);
 }
 
 }  // namespace
 
 Status grid_lstm_backward(const LstmBackward& layer, const CudaCall& call, const GridPlan& plan) {
-  if (layer.dtype != DType::bf16 && layer.dtype != DType::f16) return not_16_bits();
-  const int64_t values = total_rows(layer.seq) * layer.hidden;
-  const Status filled = fill_not_yet(layer.dgates, 4 * values, call);
-  if (!filled.is_ok()) return filled;
-  return layer.dtype == DType::bf16 ? lstm<Bf16>(layer, call, plan) : lstm<F16>(layer, call, plan);
+  switch (layer.dtype) {
+    case DType::bf16:
+      return lstm<TensorCore16<Bf16>>(layer, call, plan);
+    case DType::f16:
+      return lstm<TensorCore16<F16>>(layer, call, plan);
+    case DType::f32:
+      return call.allow_tf32 ? lstm<HeldTf32>(layer, call, plan)
+                             : lstm<GridBackwardFma>(layer, call, plan);
+    case DType::f64:
+      break;
+  }
+  return no_such_kernel();
 }
 
 Status grid_gru_backward(const GruBackward& layer, const CudaCall& call, const GridPlan& plan) {
-  if (layer.dtype != DType::bf16 && layer.dtype != DType::f16) return not_16_bits();
-  const int64_t values = total_rows(layer.seq) * layer.hidden;
-  const Status filled = fill_not_yet(layer.dgates, 3 * values, call);
-  if (!filled.is_ok()) return filled;
-  if (!layer.reset_before) {
-    const Status also = fill_not_yet(layer.candidate, values, call);
-    if (!also.is_ok()) return also;
+  switch (layer.dtype) {
+    case DType::bf16:
+      return gru<TensorCore16<Bf16>>(layer, call, plan);
+    case DType::f16:
+      return gru<TensorCore16<F16>>(layer, call, plan);
+    case DType::f32:
+      return call.allow_tf32 ? gru<HeldTf32>(layer, call, plan)
+                             : gru<GridBackwardFma>(layer, call, plan);
+    case DType::f64:
+      break;
   }
-  return layer.dtype == DType::bf16 ? gru<Bf16>(layer, call, plan) : gru<F16>(layer, call, plan);
+  return no_such_kernel();
 }
 
 }  // namespace rnnlm

@@ -1,5 +1,6 @@
-// From a plan to an instance of kernels/grid_backward.cuh. The instances, ten per cell and dtype,
-// are in grid_backward_*.cu: one file each, so that they compile side by side.
+// From a plan to an instance of kernels/grid_backward.cuh. The instances, ten per cell and
+// arithmetic (four of plain multiply-adds), are in grid_backward_*.cu: one file each, so that they
+// compile side by side.
 #pragma once
 
 #include "kernels/grid_backward.cuh"
@@ -25,16 +26,28 @@ struct PlanCell<GruBeforeGridBackward<T>> {
   static constexpr Cell value = Cell::gru_before;
 };
 
-template <class Config>
-Status launch_grid_backward_as(const typename Config::Params& params, const CudaCall& call,
-                               const GridPlan& plan) {
-  constexpr int kFragments = Config::kFragments / Config::Cell::kGates;
+// Fragments of float32 are as wide as two of TF32.
+using GridBackwardFma = HeldFma<32>;
+
+template <class Product>
+constexpr GridArithmetic grid_backward_arithmetic() {
+  if (kIs16Bit<typename Product::Element>) return GridArithmetic::tensor16;
+  return kIsHeldFma<Product> ? GridArithmetic::fma : GridArithmetic::tf32;
+}
+
+// kFragments: of the plan.
+template <template <class> class CellOf, class Product, int kFragments, int kTiles>
+Status launch_grid_backward_as(const GridBackwardParams<typename Product::Element>& params,
+                               const CudaCall& call, const GridPlan& plan) {
+  constexpr GridArithmetic kArithmetic = grid_backward_arithmetic<Product>();
+  constexpr int kHeld = kIsHeldFma<Product> ? grid_backward_fma_fragments(kFragments) : kFragments;
+  using Config = GridBackwardConfig<CellOf, Product, kHeld, kTiles>;
   constexpr Cell kCell = PlanCell<typename Config::Cell>::value;
   static_assert(Config::kUnits == kGridUnits && Config::kWarps == kGridWarps);
   static_assert(Config::shared_bytes(8) ==
-                grid_backward_shared_bytes(kCell, DType::bf16, kFragments, Config::kTiles, 8));
+                grid_backward_shared_bytes(kCell, kArithmetic, kFragments, kTiles, 8));
   static_assert(Config::shared_bytes(40) ==
-                grid_backward_shared_bytes(kCell, DType::bf16, kFragments, Config::kTiles, 40));
+                grid_backward_shared_bytes(kCell, kArithmetic, kFragments, kTiles, 40));
   LaunchShape shape;
   shape.grid_x = static_cast<unsigned>(plan.ctas);
   shape.grid_y = static_cast<unsigned>(plan.groups);
@@ -48,16 +61,16 @@ Status launch_grid_backward_as(const typename Config::Params& params, const Cuda
 template <template <class> class CellOf, class Product, int kFragments>
 Status launch_grid_backward_tiles(const GridBackwardParams<typename Product::Element>& params,
                                   const CudaCall& call, const GridPlan& plan) {
-  if (plan.tiles == 1) {
-    return launch_grid_backward_as<GridBackwardConfig<CellOf, Product, kFragments, 1>>(params, call,
-                                                                                       plan);
+  if constexpr (grid_backward_most_tiles(grid_backward_arithmetic<Product>()) > 1) {
+    if (plan.tiles == 2)
+      return launch_grid_backward_as<CellOf, Product, kFragments, 2>(params, call, plan);
   }
-  return launch_grid_backward_as<GridBackwardConfig<CellOf, Product, kFragments, 2>>(params, call,
-                                                                                     plan);
+  return launch_grid_backward_as<CellOf, Product, kFragments, 1>(params, call, plan);
 }
 
-// CellOf: LstmGridBackward, GruAfterGridBackward or GruBeforeGridBackward; Product: of
-// device/product.h. `dgates`, and `candidate` of a GRU with the reset after, have been filled.
+// CellOf: LstmGridBackward, GruAfterGridBackward or GruBeforeGridBackward; Product: TensorCore16,
+// HeldTf32 or GridBackwardFma. `dgates`, and `candidate` of a GRU with the reset after, have been
+// filled.
 template <template <class> class CellOf, class Product>
 Status launch_grid_backward(const GridBackwardParams<typename Product::Element>& params,
                             const CudaCall& call, const GridPlan& plan) {
@@ -65,7 +78,11 @@ Status launch_grid_backward(const GridBackwardParams<typename Product::Element>&
     case 1:
       return launch_grid_backward_tiles<CellOf, Product, 1>(params, call, plan);
     case 2:
-      return launch_grid_backward_tiles<CellOf, Product, 2>(params, call, plan);
+      // Those of plain multiply-adds hold as many as with one.
+      if constexpr (!kIsHeldFma<Product>)
+        return launch_grid_backward_tiles<CellOf, Product, 2>(params, call, plan);
+      else
+        return launch_grid_backward_tiles<CellOf, Product, 1>(params, call, plan);
     case 4:
       return launch_grid_backward_tiles<CellOf, Product, 4>(params, call, plan);
     case 6:
@@ -86,9 +103,15 @@ Status launch_grid_backward(const GridBackwardParams<typename Product::Element>&
 
 extern RNNLM_GRID_BACKWARD(LstmGridBackward, TensorCore16<Bf16>);
 extern RNNLM_GRID_BACKWARD(LstmGridBackward, TensorCore16<F16>);
+extern RNNLM_GRID_BACKWARD(LstmGridBackward, HeldTf32);
+extern RNNLM_GRID_BACKWARD(LstmGridBackward, GridBackwardFma);
 extern RNNLM_GRID_BACKWARD(GruAfterGridBackward, TensorCore16<Bf16>);
 extern RNNLM_GRID_BACKWARD(GruAfterGridBackward, TensorCore16<F16>);
+extern RNNLM_GRID_BACKWARD(GruAfterGridBackward, HeldTf32);
+extern RNNLM_GRID_BACKWARD(GruAfterGridBackward, GridBackwardFma);
 extern RNNLM_GRID_BACKWARD(GruBeforeGridBackward, TensorCore16<Bf16>);
 extern RNNLM_GRID_BACKWARD(GruBeforeGridBackward, TensorCore16<F16>);
+extern RNNLM_GRID_BACKWARD(GruBeforeGridBackward, HeldTf32);
+extern RNNLM_GRID_BACKWARD(GruBeforeGridBackward, GridBackwardFma);
 
 }  // namespace rnnlm

@@ -9,13 +9,9 @@ namespace {
 
 Status no_such_kernel() {
   return Status::unsupported(
-      "the grid tier's forward kernels are for bfloat16, float16 and, where TF32 is allowed, "
-      "float32",
+      "the grid tier's forward kernels are for bfloat16, float16 and float32",
       "RNNLM_CUDA_TIER=stepwise runs any dtype");
 }
-
-template <class T>
-using GridProduct = std::conditional_t<kIs16Bit<T>, TensorCore16<T>, HeldTf32>;
 
 // What LSTM and GRU name alike.
 template <class T, class Layer>
@@ -45,42 +41,58 @@ Status fill_not_yet(T* tensor, const Layer& layer, const CudaCall& call) {
   return fill_bytes(tensor, kNotYetByte, values * sizeof(T), call.stream);
 }
 
-template <class T>
+template <class Product>
 Status lstm(const LstmForward& layer, const CudaCall& call, const GridPlan& plan) {
+  using T = typename Product::Element;
   GridForwardParams<T> p = common_params<T>(layer, call, plan);
   p.c0 = static_cast<const T*>(layer.c0);
   p.c_n = static_cast<T*>(layer.c_n);
   p.cells = static_cast<float*>(layer.cells);
   const Status filled = fill_not_yet(p.output, layer, call);
   if (!filled.is_ok()) return filled;
-  return launch_grid_forward<LstmCell, GridProduct<T>>(p, call, plan);
+  return launch_grid_forward<LstmCell, Product>(p, call, plan);
 }
 
-template <class T>
+template <class Product>
 Status gru(const GruForward& layer, const CudaCall& call, const GridPlan& plan) {
+  using T = typename Product::Element;
   GridForwardParams<T> p = common_params<T>(layer, call, plan);
   const Status filled = fill_not_yet(p.output, layer, call);
   if (!filled.is_ok()) return filled;
-  if (!layer.reset_before) return launch_grid_forward<GruAfterCell, GridProduct<T>>(p, call, plan);
+  if (!layer.reset_before) return launch_grid_forward<GruAfterCell, Product>(p, call, plan);
   p.reset_h = reinterpret_cast<T*>(static_cast<char*>(call.workspace) + kAbortBytes);
   const Status reset_filled = fill_not_yet(p.reset_h, layer, call);
   if (!reset_filled.is_ok()) return reset_filled;
-  return launch_grid_forward<GruBeforeCell, GridProduct<T>>(p, call, plan);
+  return launch_grid_forward<GruBeforeCell, Product>(p, call, plan);
 }
 
 }  // namespace
 
 Status grid_lstm_forward(const LstmForward& layer, const CudaCall& call, const GridPlan& plan) {
-  if (layer.dtype == DType::bf16) return lstm<Bf16>(layer, call, plan);
-  if (layer.dtype == DType::f16) return lstm<F16>(layer, call, plan);
-  if (layer.dtype == DType::f32 && call.allow_tf32) return lstm<float>(layer, call, plan);
+  switch (layer.dtype) {
+    case DType::bf16:
+      return lstm<TensorCore16<Bf16>>(layer, call, plan);
+    case DType::f16:
+      return lstm<TensorCore16<F16>>(layer, call, plan);
+    case DType::f32:
+      return call.allow_tf32 ? lstm<HeldTf32>(layer, call, plan) : lstm<GridFma>(layer, call, plan);
+    case DType::f64:
+      break;
+  }
   return no_such_kernel();
 }
 
 Status grid_gru_forward(const GruForward& layer, const CudaCall& call, const GridPlan& plan) {
-  if (layer.dtype == DType::bf16) return gru<Bf16>(layer, call, plan);
-  if (layer.dtype == DType::f16) return gru<F16>(layer, call, plan);
-  if (layer.dtype == DType::f32 && call.allow_tf32) return gru<float>(layer, call, plan);
+  switch (layer.dtype) {
+    case DType::bf16:
+      return gru<TensorCore16<Bf16>>(layer, call, plan);
+    case DType::f16:
+      return gru<TensorCore16<F16>>(layer, call, plan);
+    case DType::f32:
+      return call.allow_tf32 ? gru<HeldTf32>(layer, call, plan) : gru<GridFma>(layer, call, plan);
+    case DType::f64:
+      break;
+  }
   return no_such_kernel();
 }
 

@@ -9,10 +9,19 @@
 
 namespace rnnlm {
 
+// A fragment as wide as those of TF32.
+using GridFma = HeldFma<16>;
+
 template <class Config>
 constexpr Cell grid_forward_cell() {
   if (Config::kIsLstm) return Cell::lstm;
   return Config::kExchanges == 2 ? Cell::gru_before : Cell::gru_after;
+}
+
+template <class Product>
+constexpr GridArithmetic grid_forward_arithmetic() {
+  if (kIs16Bit<typename Product::Element>) return GridArithmetic::tensor16;
+  return kIsHeldFma<Product> ? GridArithmetic::fma : GridArithmetic::tf32;
 }
 
 template <class Config>
@@ -20,11 +29,13 @@ Status launch_grid_forward_as(const GridForwardParams<typename Config::T>& param
                               const CudaCall& call, const GridPlan& plan) {
   constexpr Cell kCell = grid_forward_cell<Config>();
   static_assert(Config::kUnits == kGridUnits && Config::kWarps == kGridWarps);
-  constexpr DType kDType = kIs16Bit<typename Config::T> ? DType::bf16 : DType::f32;
+  constexpr GridArithmetic kArithmetic = grid_forward_arithmetic<typename Config::Product>();
+  constexpr int kFragments = Config::kFragments, kTiles = Config::kTiles;
+  static_assert(Config::kTogether == kGridFmaRows);
   static_assert(Config::shared_bytes(8) ==
-                grid_forward_shared_bytes(kCell, kDType, Config::kFragments, Config::kTiles, 8));
+                grid_forward_shared_bytes(kCell, kArithmetic, kFragments, kTiles, 8));
   static_assert(Config::shared_bytes(40) ==
-                grid_forward_shared_bytes(kCell, kDType, Config::kFragments, Config::kTiles, 40));
+                grid_forward_shared_bytes(kCell, kArithmetic, kFragments, kTiles, 40));
   LaunchShape shape;
   shape.grid_x = static_cast<unsigned>(plan.ctas);
   shape.grid_y = static_cast<unsigned>(plan.groups);
@@ -35,8 +46,8 @@ Status launch_grid_forward_as(const GridForwardParams<typename Config::T>& param
                            shape, call, params);
 }
 
-// CellOf: LstmCell, GruAfterCell or GruBeforeCell; Product: TensorCore16 or HeldTf32. The tensors
-// that CTAs exchange have been filled.
+// CellOf: LstmCell, GruAfterCell or GruBeforeCell; Product: TensorCore16, HeldTf32 or GridFma. The
+// tensors that CTAs exchange have been filled.
 template <template <class> class CellOf, class Product>
 Status launch_grid_forward(const GridForwardParams<typename Product::Element>& params,
                            const CudaCall& call, const GridPlan& plan) {
@@ -73,11 +84,14 @@ Status launch_grid_forward(const GridForwardParams<typename Product::Element>& p
 extern RNNLM_GRID_FORWARD(LstmCell, TensorCore16<Bf16>);
 extern RNNLM_GRID_FORWARD(LstmCell, TensorCore16<F16>);
 extern RNNLM_GRID_FORWARD(LstmCell, HeldTf32);
+extern RNNLM_GRID_FORWARD(LstmCell, GridFma);
 extern RNNLM_GRID_FORWARD(GruAfterCell, TensorCore16<Bf16>);
 extern RNNLM_GRID_FORWARD(GruAfterCell, TensorCore16<F16>);
 extern RNNLM_GRID_FORWARD(GruAfterCell, HeldTf32);
+extern RNNLM_GRID_FORWARD(GruAfterCell, GridFma);
 extern RNNLM_GRID_FORWARD(GruBeforeCell, TensorCore16<Bf16>);
 extern RNNLM_GRID_FORWARD(GruBeforeCell, TensorCore16<F16>);
 extern RNNLM_GRID_FORWARD(GruBeforeCell, HeldTf32);
+extern RNNLM_GRID_FORWARD(GruBeforeCell, GridFma);
 
 }  // namespace rnnlm

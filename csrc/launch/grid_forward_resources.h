@@ -6,14 +6,15 @@
 #include <initializer_list>
 
 #include "core/params.h"
+#include "launch/grid_arithmetic.h"
 #include "launch/plan.h"
 
 namespace rnnlm {
 
 // `fragments` of a layer: one of those that are compiled; 0 for one that is too wide. A fragment is
 // 64 bytes of a weight row.
-constexpr int grid_forward_fragments(DType dtype, int64_t hidden) {
-  const int64_t width = (dtype == DType::f32 ? 16 : 32) * kGridWarps;
+constexpr int grid_forward_fragments(GridArithmetic arithmetic, int64_t hidden) {
+  const int64_t width = (arithmetic == GridArithmetic::tensor16 ? 32 : 16) * kGridWarps;
   for (const int fragments : {1, 2, 4, 6, 8}) {
     if (hidden <= width * fragments) return fragments;
   }
@@ -26,22 +27,36 @@ constexpr int grid_forward_most_tiles(int fragments) {
   return fragments <= 4 ? 2 : 1;
 }
 
+// Rows of a pass that plain multiply-adds compute together: they read the weights in shared memory
+// once.
+constexpr int kGridFmaRows = 4;
+
+// Weights of a CTA that its threads have no registers for, in bytes of shared memory.
+constexpr int64_t grid_forward_shared_weights(Cell cell, GridArithmetic arithmetic, int fragments) {
+  constexpr int64_t kThreads = 32 * kGridWarps, kVector = 16;
+  const bool lstm = cell == Cell::lstm, fma = arithmetic == GridArithmetic::fma;
+  // Vectors of a weight row, of two a fragment, for which a thread has registers.
+  const int room =
+      fma ? (lstm ? (fragments == 8 ? 10 : 11) : 12)
+          : (lstm ? (fragments == 8 ? 10 : 12) : 14) - (arithmetic == GridArithmetic::tf32 ? 2 : 0);
+  const int beyond = 2 * fragments > room ? 2 * fragments - room : 0;
+  return beyond * (lstm ? 4 : 3) * kVector * kThreads;
+}
+
 // Shared memory of a CTA. `fragments`, `tiles` and `rows` as in GridPlan.
-constexpr int64_t grid_forward_shared_bytes(Cell cell, DType dtype, int fragments, int tiles,
-                                            int rows) {
-  constexpr int64_t kThreads = 32 * kGridWarps, kFragmentBytes = 32, kFloat = 4;
-  const bool lstm = cell == Cell::lstm;
-  const int64_t gates = lstm ? 4 : 3;
-  // Fragments for which a thread has registers; the widest LSTMs use one less.
-  const int64_t room = (lstm ? 6 : 7) - (dtype == DType::f32 ? 1 : 0);
-  const int64_t held = fragments <= room ? fragments : fragments == 8 && lstm ? room - 1 : room;
-  const int64_t weights = (fragments - held) * gates * kFragmentBytes * kThreads;
+constexpr int64_t grid_forward_shared_bytes(Cell cell, GridArithmetic arithmetic, int fragments,
+                                            int tiles, int rows) {
+  constexpr int64_t kFloat = 4, kVector = 16;
+  const int64_t window =
+      arithmetic == GridArithmetic::fma ? kGridWarps * 8 * 4 * fragments * kVector : 0;
   const int64_t columns = 8 * int64_t{tiles};
-  const int64_t sums = cell == Cell::gru_before ? 2 : gates;  // of a unit, in an exchange
+  // Of a unit, in an exchange.
+  const int64_t sums = cell == Cell::lstm ? 4 : cell == Cell::gru_after ? 3 : 2;
   const int64_t partial_sums = 2 * kGridWarps * columns * (sums * kGridUnits + 4) * kFloat;
   const int64_t padded_rows = (rows + columns - 1) / columns * columns;
   const int64_t state = padded_rows * (cell == Cell::gru_before ? 2 : 1) * kGridUnits * kFloat;
-  return weights + partial_sums + state + 16;
+  return grid_forward_shared_weights(cell, arithmetic, fragments) + window + partial_sums + state +
+         16;
 }
 
 }  // namespace rnnlm

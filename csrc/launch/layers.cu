@@ -47,7 +47,10 @@ Status check_sizes(const CudaProblem& problem) {
   const struct {
     int64_t value;
     const char* name;
-  } sizes[] = {{problem.steps, "steps"}, {problem.batch, "batch"}, {problem.hidden, "hidden"}};
+  } sizes[] = {{problem.steps, "steps"},
+               {problem.batch, "batch"},
+               {problem.hidden, "hidden"},
+               {problem.concurrent, "concurrent"}};
   for (const auto& size : sizes) {
     if (size.value < 1 || size.value > std::numeric_limits<int>::max())
       return Status::invalid_argument(std::string(size.name) + " is " + std::to_string(size.value),
@@ -191,6 +194,7 @@ CudaProblem problem_of(const Layer& layer, const CudaCall& call, Cell cell, Pass
   problem.rows = total_rows(layer.seq);
   problem.packed = layer.seq.batch_sizes != nullptr;
   problem.allow_tf32 = call.allow_tf32;
+  problem.concurrent = call.concurrent;
   return problem;
 }
 
@@ -303,6 +307,11 @@ Status cuda_device_limits(int device, DeviceLimits* limits) {
 
 std::string cuda_why_off(int device, CudaTier tier) {
   return why_off(device, tier);
+}
+
+Status cuda_new_stream(int device, std::uintptr_t like, std::uintptr_t* stream) {
+  const DeviceGuard guard(device);
+  return guard.status().is_ok() ? new_stream(like, stream) : guard.status();
 }
 
 std::string cuda_take_failure(int device) {

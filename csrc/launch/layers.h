@@ -36,6 +36,11 @@ Status cuda_device_limits(int device, DeviceLimits* limits);
 // Why a tier is off on the device; empty while it is on.
 std::string cuda_why_off(int device, CudaTier tier);
 
+// A stream of our own on the device, for the rest of the process, with the priority of `like`. For
+// the directions of a bidirectional layer: streams of torch's pool are handed out again and again,
+// and what is allocated on one may be taken by whoever else holds it.
+Status cuda_new_stream(int device, std::uintptr_t like, std::uintptr_t* stream);
+
 // The failure that the next call would return, as a sentence; empty if there is none. Its tier is
 // off from then on. Says nothing of launches that still run.
 std::string cuda_take_failure(int device);

@@ -17,7 +17,6 @@ namespace {
 constexpr CudaTier kTiers[] = {CudaTier::stepwise, CudaTier::block, CudaTier::cluster,
                                CudaTier::grid};
 constexpr int64_t kTileRows = 8;  // batch rows of a tensor-core tile
-constexpr int kMostBackwardTiles = 2;
 
 int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -37,19 +36,26 @@ bool is_tf32(const CudaProblem& p) {
   return p.dtype == DType::f32 && p.allow_tf32;
 }
 
+// Whether they must not.
+bool is_exact_f32(const CudaProblem& p) {
+  return p.dtype == DType::f32 && !p.allow_tf32;
+}
+
 // --- costs
 
 // Of gates, states and saved tensors of a step, however they are computed.
 double memory_us(const CudaProblem& p) {
   // The gates that come in and those that are saved, h, and a cell state twice as wide.
   const double values = p.gates() * 2 + 3;
-  return values * size_of(p.dtype) * double(p.batch) * double(p.hidden) / kCostModel.memory;
+  return p.concurrent * values * size_of(p.dtype) * double(p.batch) * double(p.hidden) /
+         kCostModel.memory;
 }
 
 // Products of `units` units of a layer and `rows` rows on one SM. `splits` warps share a sum.
 double product_us(const CudaProblem& p, int64_t units, int64_t rows, int splits) {
   const bool forward = p.pass == Pass::forward;
   const double flops = 2.0 * p.gates() * double(units) * double(p.hidden) * double(rows);
+  if (is_exact_f32(p)) return kCostModel.us(flops / kCostModel.fma_flops);
   const double tiles =
       double(ceil_div(units * (forward ? p.gates() : 1), 16)) * double(ceil_div(rows, kTileRows));
   const double k = double(p.hidden) * (forward ? 1 : p.gates());
@@ -102,9 +108,9 @@ Forecast stepwise(const CudaProblem& p, const DeviceLimits& device) {
   const double weights = weight_rows * row_bytes;
   const double from_l2 = weights * double(ceil_div(p.batch, step_columns(p))) +
                          row_bytes * double(p.batch) * std::max(1.0, weight_rows / kCtaRows);
+  const bool in_l2 = p.concurrent * weights <= m.l2_capacity;
   const double stream =
-      std::max(from_l2 / m.l2_all,
-               weights / (weights <= m.l2_capacity ? m.weights_from_l2 : m.weights_from_memory));
+      std::max(from_l2 / m.l2_all, weights / (in_l2 ? m.weights_from_l2 : m.weights_from_memory));
   const double rate = is_16_bit(p.dtype)      ? m.step_flops_16
                       : p.dtype == DType::f64 ? m.step_flops_f64
                       : p.allow_tf32          ? m.step_flops_tf32
@@ -112,17 +118,29 @@ Forecast stepwise(const CudaProblem& p, const DeviceLimits& device) {
   const double flops = 2 * weights / size_of(p.dtype) * double(p.batch);
   const int launches = exchanges(p) + (p.proj ? 1 : 0);
   const double ramp = device.compute_capability >= 90 ? m.overlapped_ramp_us : m.launch_ramp_us;
-  const double busy =
-      ramp * launches + std::max({stream, flops / rate, memory_us(p)}) + m.step_tail_us;
+  const double waits = ramp * launches + m.step_tail_us;
+  const double work = std::max(stream, flops / rate);
+  const double alone = waits + std::max(work, memory_us(p) / p.concurrent);
+  // What concurrent launches wait for, they wait for together; the work adds up.
+  const double together = waits + std::max(p.concurrent * work, memory_us(p));
+  const double host = m.host_launch_us * launches;
   Forecast forecast;
   forecast.able = true;
-  forecast.us_per_step = std::max(busy, m.host_launch_us * launches);
+  forecast.us_per_replayed_step = together;
+  if (p.concurrent == 1) {
+    forecast.us_per_step = std::max(alone, host);
+  } else {
+    // The host enqueues one launch's steps after the other's: while it does so, the first runs
+    // alone, and the last does when the others have ended.
+    const double alone_share = std::min(1.0, host / alone);
+    forecast.us_per_step = p.concurrent * host + (1 - alone_share) * together;
+  }
   return forecast;
 }
 
 // What every persistent tier asks for; null if it gets it.
 const char* persistent_obstacle(const CudaProblem& p) {
-  if (!is_16_bit(p.dtype) && !is_tf32(p)) return "its kernels are for bfloat16 and float16";
+  if (p.dtype == DType::f64) return "its kernels are for bfloat16, float16 and float32";
   if (p.proj) return "it has no kernel with a projection";
   if (p.hidden % 8) return "the hidden size is not a multiple of 8";
   return nullptr;
@@ -131,17 +149,30 @@ const char* persistent_obstacle(const CudaProblem& p) {
 // Launches of a persistent call, and its weights: once from memory, and from L2 to every CTA that
 // holds a copy.
 double persistent_us_per_call(const CudaProblem& p, int launches, int64_t copies) {
-  return launches * kCostModel.host_launch_us +
-         weight_bytes(p) *
-             (1 / kCostModel.weights_from_memory + double(copies) / kCostModel.weights_from_l2);
+  return p.concurrent * (launches * kCostModel.host_launch_us +
+                         weight_bytes(p) * (1 / kCostModel.weights_from_memory +
+                                            double(copies) / kCostModel.weights_from_l2));
 }
 
 // --- grid
 
+GridArithmetic arithmetic_of(const CudaProblem& p) {
+  return grid_arithmetic(p.dtype, p.allow_tf32);
+}
+
 int64_t grid_shared_bytes(const CudaProblem& p, const GridPlan& plan) {
   return p.pass == Pass::forward
-             ? grid_forward_shared_bytes(p.cell, p.dtype, plan.fragments, plan.tiles, plan.rows)
-             : grid_backward_shared_bytes(p.cell, p.dtype, plan.fragments, plan.tiles, plan.rows);
+             ? grid_forward_shared_bytes(p.cell, arithmetic_of(p), plan.fragments, plan.tiles,
+                                         plan.rows)
+             : grid_backward_shared_bytes(p.cell, arithmetic_of(p), plan.fragments, plan.tiles,
+                                          plan.rows);
+}
+
+// Bytes of weights that wait in shared memory.
+int64_t grid_shared_weights(const CudaProblem& p, const GridPlan& plan) {
+  return p.pass == Pass::forward
+             ? grid_forward_shared_weights(p.cell, arithmetic_of(p), plan.fragments)
+             : grid_backward_shared_weights(p.cell, arithmetic_of(p), plan.fragments);
 }
 
 // A group computes its rows in passes of the same kind; a pass of the next step can start when all
@@ -150,17 +181,27 @@ int64_t grid_shared_bytes(const CudaProblem& p, const GridPlan& plan) {
 double grid_us_per_step(const CudaProblem& p, const GridPlan& plan) {
   const CostModel& m = kCostModel;
   const int64_t columns = kTileRows * plan.tiles, passes = ceil_div(plan.rows, columns);
-  const double bandwidth = std::min(m.l2_one_sm, m.l2_all / (plan.ctas * plan.groups));
-  const double load = double(columns) * message_bytes(p) / bandwidth;
+  // Tensor cores multiply whole tiles; plain multiply-adds leave out rows that there are not.
+  const bool exact = is_exact_f32(p);
+  const int64_t rows = exact ? std::min<int64_t>(columns, plan.rows) : columns;
+  const double bandwidth =
+      std::min(m.l2_one_sm, m.l2_all / (p.concurrent * plan.ctas * plan.groups));
+  const double load = double(rows) * message_bytes(p) / bandwidth;
   const int n = exchanges(p);
-  // Shared memory holds weights of the widest layers only; each pass reads them again.
-  GridPlan narrow = plan;
-  narrow.fragments = 1;
-  const double weights = double(grid_shared_bytes(p, plan) - grid_shared_bytes(p, narrow));
   const int64_t sums = kGridUnits * columns * (p.pass == Pass::forward ? p.gates() : 1);
-  const double pass = std::max(load, product_us(p, kGridUnits, columns, kGridWarps)) +
-                      m.us(weights / m.shared_bytes) + tail_us(p, kGridUnits, columns, sums) +
-                      (n - 1) * m.us(m.tail_cycles);
+  // Shared memory holds weights of the widest layers only; each pass reads them again.
+  const double weights = m.us(double(grid_shared_weights(p, plan)) / m.shared_bytes);
+  double product = 0;
+  if (exact && p.pass == Pass::forward) {
+    // All rows have to be there, and are multiplied a few at a time.
+    product = load + product_us(p, kGridUnits, rows, kGridWarps) +
+              weights * double(ceil_div(rows, kGridFmaRows));
+  } else {
+    const int64_t computed = !exact || rows <= 2 ? rows : rows <= 4 ? 4 : 8;
+    product = std::max(load, product_us(p, kGridUnits, computed, kGridWarps)) + weights;
+  }
+  const double pass =
+      product + tail_us(p, kGridUnits, columns, sums) + (n - 1) * m.us(m.tail_cycles);
   return std::max({n * m.payload_hop_us + pass, double(passes) * pass, memory_us(p)});
 }
 
@@ -172,20 +213,21 @@ int64_t grid_workspace(const CudaProblem& p) {
 Forecast grid(const CudaProblem& p, const DeviceLimits& device, GridPlan* best) {
   if (const char* obstacle = persistent_obstacle(p)) return unable(obstacle);
   if (!device.cooperative) return unable("the device refuses cooperative launches");
-  if (is_tf32(p) && p.pass == Pass::backward)
-    return unable("its backward kernels are for bfloat16 and float16");
-  const int fragments = grid_forward_fragments(p.dtype, p.hidden);
-  if (fragments == 0)
-    return unable(is_tf32(p) ? "the hidden size is above 1024" : "the hidden size is above 2048");
+  const int fragments = grid_forward_fragments(arithmetic_of(p), p.hidden);
+  if (fragments == 0) {
+    return unable(is_16_bit(p.dtype) ? "the hidden size is above 2048"
+                                     : "the hidden size is above 1024");
+  }
   const int64_t ctas = ceil_div(p.hidden, kGridUnits);
   if (ctas > device.sms) return unable("it needs more SMs than the device has");
 
   Forecast forecast = unable("it needs more shared memory than the device has");
-  const int64_t most_groups = std::min(device.sms / ctas, ceil_div(p.batch, kTileRows));
-  const int most_tiles =
-      p.pass == Pass::forward ? grid_forward_most_tiles(fragments) : kMostBackwardTiles;
+  const int64_t step = is_exact_f32(p) ? 1 : kTileRows;  // of a group's number of rows
+  const int64_t most_groups = std::min(device.sms / ctas, ceil_div(p.batch, step));
+  const int most_tiles = p.pass == Pass::forward ? grid_forward_most_tiles(fragments)
+                                                 : grid_backward_most_tiles(arithmetic_of(p));
   for (int64_t groups = 1; groups <= most_groups; ++groups) {
-    const int64_t rows = round_up(ceil_div(p.batch, groups), kTileRows);
+    const int64_t rows = round_up(ceil_div(p.batch, groups), step);
     if (ceil_div(p.batch, rows) != groups) continue;  // fewer groups hold as many rows each
     for (int tiles = 1; tiles <= most_tiles; ++tiles) {
       GridPlan plan{fragments, tiles, int(ctas), int(groups), int(rows), grid_workspace(p)};
@@ -208,16 +250,22 @@ int64_t resident_clusters(const DeviceLimits& device, int ctas) {
   return std::max<int64_t>(1, ctas <= 2 ? device.sms / ctas : device.sms * 10 / (11 * ctas));
 }
 
+// Exact float32 products are those of the rows that there are, a few at a time; for the next ones
+// weights in shared memory are read again.
 double cluster_us_per_step(const CudaProblem& p, const ClusterPlan& plan, int64_t shared_bytes,
                            int64_t resident) {
   const CostModel& m = kCostModel;
   const int n = plan.ctas, hops = exchanges(p);
-  const double sent = plan.rows * message_bytes(p) * (n - 1) / n;
+  // Forward hands over h (and r * h), backward float32 parts of dh.
+  const double bytes = hops * double(p.hidden) * (p.pass == Pass::forward ? size_of(p.dtype) : 4);
+  const double sent = plan.rows * bytes * (n - 1) / n;
   const double hop =
       n == 1 ? hops * m.block_hop_us : hops * m.cluster_hop_us + sent / m.cluster_one_sm;
   const int64_t units = ceil_div(p.hidden, n);
-  const double step = hop + product_us(p, units, plan.rows, 1) +
-                      m.us(double(shared_bytes) / m.shared_bytes) +
+  const int64_t rows = is_exact_f32(p) ? std::min<int64_t>(plan.rows, p.batch) : plan.rows;
+  const int64_t passes = is_exact_f32(p) ? ceil_div(rows, cluster_fma_rows(p.cell, p.hidden)) : 1;
+  const double step = hop + product_us(p, units, rows, 1) +
+                      m.us(double(passes * shared_bytes) / m.shared_bytes) +
                       tail_us(p, units, plan.rows, /*sums=*/0) + (hops - 1) * m.us(m.tail_cycles);
   return std::max(double(ceil_div(plan.clusters, resident)) * step, memory_us(p));
 }
@@ -225,22 +273,29 @@ double cluster_us_per_step(const CudaProblem& p, const ClusterPlan& plan, int64_
 Forecast clusters(const CudaProblem& p, const DeviceLimits& device,
                   std::initializer_list<int> sizes, ClusterPlan* best) {
   if (const char* obstacle = persistent_obstacle(p)) return unable(obstacle);
-  if (is_tf32(p)) return unable("its kernels are for bfloat16 and float16");
   Forecast forecast = unable("the hidden size is above what it holds");
-  for (const int ctas : sizes) {
+  const auto consider = [&](int ctas, ClusterProduct product) {
+    const bool tf32 = product == ClusterProduct::tensor_cores_tf32;
     const ClusterPlan plan{ctas, int(ceil_div(p.batch, kClusterPlanRows)), kClusterPlanRows,
-                           kAbortBytes};
+                           kAbortBytes, tf32};
     int64_t shared = 0;
-    if (!cluster_fits(p.cell, p.pass, p.dtype, p.hidden, ctas, plan.rows, &shared)) continue;
+    if (!cluster_fits(p.cell, p.pass, product, p.hidden, ctas, plan.rows, &shared)) return;
     if (!forecast.able && shared > int64_t(device.shared_per_block))
       forecast.obstacle = "it needs more shared memory than the device has";
-    if (shared > int64_t(device.shared_per_block) || ctas > device.sms) continue;
+    if (shared > int64_t(device.shared_per_block) || ctas > device.sms) return;
     const int64_t resident = resident_clusters(device, ctas);
-    const double us = cluster_us_per_step(p, plan, shared, resident);
-    if (forecast.able && us >= forecast.us_per_step) continue;
+    CudaProblem as_computed = p;
+    as_computed.allow_tf32 = tf32;
+    const double us = cluster_us_per_step(as_computed, plan, shared, resident);
+    if (forecast.able && us >= forecast.us_per_step) return;
     const int64_t copies = std::min<int64_t>(plan.clusters, resident);
     forecast = {true, "", us, persistent_us_per_call(p, ctas == 1 ? 1 : 3, copies)};
     *best = plan;
+  };
+  for (const int ctas : sizes) {
+    if (is_16_bit(p.dtype)) consider(ctas, ClusterProduct::tensor_cores_16);
+    if (is_tf32(p)) consider(ctas, ClusterProduct::tensor_cores_tf32);
+    if (p.dtype == DType::f32) consider(ctas, ClusterProduct::multiply_adds);
   }
   return forecast;
 }
@@ -263,13 +318,17 @@ const char* const kOff = "it is off since it failed on this device";
 CudaChoice choose(const CudaProblem& problem, const DeviceLimits& device, CudaTier wanted) {
   CudaChoice choice;
   ClusterPlan block_plan, cluster_plan;
+  DeviceLimits share = device;
+  share.sms = std::max(1, device.sms / problem.concurrent);
   auto forecast = [&](CudaTier tier) -> Forecast& { return choice.forecasts[int(tier)]; };
   forecast(CudaTier::stepwise) = stepwise(problem, device);
-  forecast(CudaTier::block) = block(problem, device, &block_plan);
-  forecast(CudaTier::cluster) = cluster(problem, device, &cluster_plan);
-  forecast(CudaTier::grid) = grid(problem, device, &choice.grid);
+  forecast(CudaTier::block) = block(problem, share, &block_plan);
+  forecast(CudaTier::cluster) = cluster(problem, share, &cluster_plan);
+  forecast(CudaTier::grid) = grid(problem, share, &choice.grid);
   for (const CudaTier tier : kTiers) {
-    if (device.off[int(tier)] && tier != CudaTier::stepwise) forecast(tier) = unable(kOff);
+    if (tier == CudaTier::stepwise) continue;
+    if (device.off[int(tier)]) forecast(tier) = unable(kOff);
+    forecast(tier).us_per_replayed_step = forecast(tier).us_per_step;
   }
 
   if (wanted != CudaTier::automatic) {
@@ -297,6 +356,30 @@ CudaChoice choose(const CudaProblem& problem, const DeviceLimits& device, CudaTi
       choice.workspace = std::max(choice.workspace, one.bytes);
   }
   return choice;
+}
+
+Directions choose_directions(const CudaProblem& forward, bool trains, bool replayed,
+                             const DeviceLimits& limits, CudaTier wanted) {
+  Directions directions;
+  bool able = true;
+  CudaProblem problem = forward;
+  const auto us = [&](int concurrent) {
+    problem.concurrent = concurrent;
+    const CudaChoice choice = choose(problem, limits, wanted);
+    if (choice.tier == CudaTier::automatic) able = false;
+    const Forecast& forecast = choice.of(choice.tier);
+    return forecast.us_per_call + double(problem.steps) * (replayed ? forecast.us_per_replayed_step
+                                                                    : forecast.us_per_step);
+  };
+  for (const Pass pass : {Pass::forward, Pass::backward}) {
+    if (pass == Pass::backward && !trains) break;
+    problem.pass = pass;
+    directions.us_in_turn += 2 * us(1);
+    directions.us_side_by_side += us(2) + (replayed ? 0 : kCostModel.side_by_side_us);
+  }
+  if (!able) directions.us_side_by_side = 0;
+  directions.side_by_side = able && directions.us_side_by_side <= directions.us_in_turn;
+  return directions;
 }
 
 const char* tier_name(CudaTier tier) {

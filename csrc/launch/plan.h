@@ -33,6 +33,8 @@ struct CudaProblem {
   int64_t rows;                        // of all steps together: T*B, fewer where packed
   bool packed;
   bool allow_tf32;
+  // Launches like this one that run side by side, itself included: each gets its part of the SMs.
+  int concurrent = 1;
 
   int gates() const { return cell == Cell::lstm ? 4 : 3; }
 };
@@ -50,7 +52,8 @@ struct GridPlan {
   int tiles = 0;      // 1 or 2
   int ctas = 0;
   int groups = 0;
-  int rows = 0;  // batch rows of a group, a multiple of 8; the last group may have fewer
+  // Batch rows of a group, on tensor cores a multiple of 8; the last group may have fewer.
+  int rows = 0;
   int64_t workspace = 0;
 };
 
@@ -63,16 +66,19 @@ struct ClusterPlan {
   int clusters = 0;
   int rows = 0;
   int64_t workspace = 0;
+  bool tf32 = false;  // of float32: products on tensor cores, which round to TF32
 };
 
 // --- the choice ----------------------------------------------------------------------------------
 
-// What the cost model says of a tier: microseconds of each step, and of a call beside its steps.
+// What the cost model says of a tier: microseconds of each step, and of a call beside its steps;
+// of concurrent launches, until the last of them has ended.
 struct Forecast {
   bool able = false;
   const char* obstacle = "";  // why it cannot run the problem
   double us_per_step = 0;
   double us_per_call = 0;
+  double us_per_replayed_step = 0;  // us_per_step where a CUDA graph has done the host's part
 
   double us(int64_t steps) const { return us_per_call + us_per_step * double(steps); }
 };
@@ -89,6 +95,18 @@ struct CudaChoice {
 
 // `wanted` if the problem and the device allow it; of `automatic`, the tier with the best forecast.
 CudaChoice choose(const CudaProblem& problem, const DeviceLimits& limits, CudaTier wanted);
+
+// Whether the two directions of a bidirectional layer had better run side by side, each with half
+// of the SMs, or in turn, each with all of them; and what either takes, in microseconds.
+struct Directions {
+  bool side_by_side = false;
+  double us_side_by_side = 0;  // 0: the tier that is wanted cannot, with half of the SMs
+  double us_in_turn = 0;
+};
+// `forward` is the forward pass of one direction, alone. `trains`: the backward pass counts too,
+// for it runs as the forward pass did. `replayed`: a CUDA graph is being captured.
+Directions choose_directions(const CudaProblem& forward, bool trains, bool replayed,
+                             const DeviceLimits& limits, CudaTier wanted);
 
 const char* tier_name(CudaTier tier);
 

@@ -41,14 +41,15 @@ int lstm_forward(int dtype, int64_t steps, int64_t batch, Address batch_sizes, b
                  int64_t hidden, int64_t proj, Address gates_x, Address w_hh, Address b_hh,
                  Address w_hr, Address h0, Address c0, Address output, Address h_n, Address c_n,
                  Address cells, Address saved, int device, Address stream, Address offsets,
-                 Address workspace, int64_t workspace_bytes, int tier, bool allow_tf32) {
+                 Address workspace, int64_t workspace_bytes, int tier, bool allow_tf32,
+                 int concurrent) {
   return run(&cuda_lstm_forward,
              LstmForward{DType(dtype), 0, sequence(steps, batch, batch_sizes, reverse), hidden,
                          proj, Projection{}, pointer(gates_x), pointer(w_hh), pointer(b_hh),
                          pointer(w_hr), pointer(h0), pointer(c0), pointer(output), pointer(h_n),
                          pointer(c_n), pointer(cells), pointer(saved)},
              CudaCall{device, stream, pointer<const int64_t>(offsets), pointer(workspace),
-                      workspace_bytes, CudaTier(tier), allow_tf32});
+                      workspace_bytes, CudaTier(tier), allow_tf32, concurrent});
 }
 
 int lstm_backward(int dtype, int64_t steps, int64_t batch, Address batch_sizes, bool reverse,
@@ -56,7 +57,8 @@ int lstm_backward(int dtype, int64_t steps, int64_t batch, Address batch_sizes, 
                   Address grad_c_n, Address grad_cells, Address w_hh, Address w_hr, Address c0,
                   Address cells, Address saved, Address dgates, Address dh0, Address dc0,
                   Address dproj, Address unprojected, int device, Address stream, Address offsets,
-                  Address workspace, int64_t workspace_bytes, int tier, bool allow_tf32) {
+                  Address workspace, int64_t workspace_bytes, int tier, bool allow_tf32,
+                  int concurrent) {
   return run(&cuda_lstm_backward,
              LstmBackward{DType(dtype), 0, sequence(steps, batch, batch_sizes, reverse), hidden,
                           proj, pointer(grad_output), pointer(grad_h_n), pointer(grad_c_n),
@@ -64,43 +66,51 @@ int lstm_backward(int dtype, int64_t steps, int64_t batch, Address batch_sizes, 
                           pointer(cells), pointer(saved), pointer(dgates), pointer(dh0),
                           pointer(dc0), pointer(dproj), pointer(unprojected)},
              CudaCall{device, stream, pointer<const int64_t>(offsets), pointer(workspace),
-                      workspace_bytes, CudaTier(tier), allow_tf32});
+                      workspace_bytes, CudaTier(tier), allow_tf32, concurrent});
 }
 
 int gru_forward(int dtype, int64_t steps, int64_t batch, Address batch_sizes, bool reverse,
                 int64_t hidden, bool reset_before, Address gates_x, Address w_hh, Address b_hh,
                 Address h0, Address output, Address h_n, Address saved, int device, Address stream,
                 Address offsets, Address workspace, int64_t workspace_bytes, int tier,
-                bool allow_tf32) {
+                bool allow_tf32, int concurrent) {
   return run(&cuda_gru_forward,
              GruForward{DType(dtype), 0, sequence(steps, batch, batch_sizes, reverse), hidden,
                         reset_before, Projection{}, pointer(gates_x), pointer(w_hh), pointer(b_hh),
                         pointer(h0), pointer(output), pointer(h_n), pointer(saved)},
              CudaCall{device, stream, pointer<const int64_t>(offsets), pointer(workspace),
-                      workspace_bytes, CudaTier(tier), allow_tf32});
+                      workspace_bytes, CudaTier(tier), allow_tf32, concurrent});
 }
 
 int gru_backward(int dtype, int64_t steps, int64_t batch, Address batch_sizes, bool reverse,
                  int64_t hidden, bool reset_before, Address grad_output, Address grad_h_n,
                  Address w_hh, Address h0, Address output, Address saved, Address dgates,
                  Address candidate, Address dh0, int device, Address stream, Address offsets,
-                 Address workspace, int64_t workspace_bytes, int tier, bool allow_tf32) {
+                 Address workspace, int64_t workspace_bytes, int tier, bool allow_tf32,
+                 int concurrent) {
   return run(&cuda_gru_backward,
              GruBackward{DType(dtype), 0, sequence(steps, batch, batch_sizes, reverse), hidden,
                          reset_before, pointer(grad_output), pointer(grad_h_n), pointer(w_hh),
                          pointer(h0), pointer(output), pointer(saved), pointer(dgates),
                          pointer(candidate), pointer(dh0)},
              CudaCall{device, stream, pointer<const int64_t>(offsets), pointer(workspace),
-                      workspace_bytes, CudaTier(tier), allow_tf32});
+                      workspace_bytes, CudaTier(tier), allow_tf32, concurrent});
 }
 
 py::tuple needs(int cell, int pass, int dtype, int64_t steps, int64_t batch, int64_t hidden,
-                int64_t proj, int64_t rows, bool packed, bool allow_tf32, int device, int tier) {
+                int64_t proj, int64_t rows, bool packed, bool allow_tf32, int device, int tier,
+                int concurrent) {
   CudaNeeds needs{};
-  raise_unless_ok(cuda_needs(
-      {Cell(cell), Pass(pass), DType(dtype), steps, batch, hidden, proj, rows, packed, allow_tf32},
-      device, CudaTier(tier), &needs));
+  raise_unless_ok(cuda_needs({Cell(cell), Pass(pass), DType(dtype), steps, batch, hidden, proj,
+                              rows, packed, allow_tf32, concurrent},
+                             device, CudaTier(tier), &needs));
   return py::make_tuple(needs.workspace, needs.offsets);
+}
+
+Address new_stream(int device, Address like) {
+  Address stream = 0;
+  raise_unless_ok(cuda_new_stream(device, like, &stream));
+  return stream;
 }
 
 py::dict device_limits(int device) {
@@ -129,12 +139,15 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_needs", &needs, py::arg("cell"), py::arg("backward"), py::arg("dtype"),
         py::arg("steps"), py::arg("batch"), py::arg("hidden"), py::arg("proj"), py::arg("rows"),
         py::arg("packed"), py::arg("allow_tf32"), py::arg("device"), py::arg("tier"),
+        py::arg("concurrent"),
         "What a call on a device has to bring: bytes of workspace, and whether the offsets of a "
         "packed sequence. Arguments as of cuda_plan. Raises NotImplementedError where the tier "
         "cannot run the layer.");
   m.def("cuda_device_limits", &device_limits, py::arg("device"),
         "What a plan depends on of a device: compute_capability (90 for 9.0), sms, "
         "shared_per_block (bytes), cooperative, and off: tiers that failed on it, with the cause.");
+  m.def("cuda_new_stream", &new_stream, py::arg("device"), py::arg("like"),
+        "A new stream (its address) of the device, with the priority of another. Never destroyed.");
   m.def("cuda_take_failure", &cuda_take_failure, py::arg("device"),
         "What became of a persistent launch that gave up waiting since the last call: a sentence, "
         "or \"\". Takes the failure that the next layer on the device would raise. Synchronise "

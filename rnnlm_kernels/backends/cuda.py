@@ -1,8 +1,9 @@
 """The CUDA backend: hands device addresses to ``rnnlm_kernels._C``, which enqueues the kernels.
 
-A layer's steps run in one of several tiers (docs/cuda.md). The native side chooses one for every
-call from the sizes and the device; ``RNNLM_CUDA_TIER`` (``auto``, ``stepwise``, ``block``,
-``cluster``, ``grid``) takes the choice over. Nothing here waits for the device. A persistent launch
+A layer's steps run in one of several tiers (docs/cuda.md). A tuned table (:mod:`..tuning`) names
+the one that was the fastest; without one the native side chooses for every call from the sizes and
+the device. ``RNNLM_CUDA_TIER`` (``auto``, ``stepwise``, ``block``, ``cluster``, ``grid``) takes the
+choice over. Nothing here waits for the device. A persistent launch
 that gave up waiting for a part of itself leaves NaN in all its outputs, and the next call on the
 device raises RuntimeError with the cause; the tier stays off on that device from then on.
 
@@ -15,14 +16,17 @@ recurrence are PyTorch's, and follow ``torch.backends.cuda.matmul``.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import environment
+from .. import environment, tuning
 from ..build import import_error, native
 from ..options import BUILT_OPTIONS, Plan, Problem, RecurrenceOptions
+from . import streams
 
 # Forward keeps the activated gates (16-bit dtypes: their pre-activations) for backward.
 SAVES_GATES = True
@@ -38,6 +42,12 @@ DEVICE_TYPE = "cuda"
 # Codes of csrc/core/params.h and csrc/launch/plan.h.
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _LSTM, _GRU_AFTER, _GRU_BEFORE = 0, 1, 2
+_CELLS = ("lstm", "gru", "gru-before")
+_AUTOMATIC, _STEPWISE = 0, 1
+
+# Tiers that `forced` has put in charge, forward and backward. Of the process, for autograd runs
+# backward in a thread of its own.
+_forced = [_AUTOMATIC, _AUTOMATIC]
 
 _from_environment = environment.reader(ENVIRONMENT)
 # What torch.backends.cudnn.rnn.fp32_precision reads, in a twentieth of the time. None before 2.9.
@@ -56,7 +66,8 @@ def _obstacle() -> str:
     return ""
 
 
-def _current_device() -> int:
+def current_device() -> int:
+    """The index of the GPU that tensors of ``DEVICE_TYPE`` are put on."""
     return torch.cuda.current_device()
 
 
@@ -70,6 +81,10 @@ def _place(tensor: Tensor) -> tuple[int, int]:
     return index, torch._C._cuda_getCurrentRawStream(index)
 
 
+def _capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
+
+
 def _empty(nbytes: int, like: Tensor) -> Tensor:
     """Workspace, from torch's allocator: on the current stream, so it may be freed at once."""
     return torch.empty(nbytes, dtype=torch.uint8, device=like.device)
@@ -81,7 +96,7 @@ def _offsets(batch_sizes: Tensor, like: Tensor) -> Tensor | None:
     None while a CUDA graph is captured: it would copy, at every replay, from host memory that has
     long been something else. The stepwise tier does without.
     """
-    if torch.cuda.is_current_stream_capturing():
+    if _capturing():
         return None
     steps = batch_sizes.size(0)
     host = torch.zeros(steps + 1, dtype=torch.int64, pin_memory=True)
@@ -119,47 +134,102 @@ def supports(problem: Problem) -> tuple[bool, str]:
 
 def _index(problem: Problem) -> int:
     index = torch.device(problem.device).index
-    return _current_device() if index is None else index
+    return current_device() if index is None else index
 
 
-def _tier() -> int:
-    """What RNNLM_CUDA_TIER says, as a place in TIERS."""
+def _tier(backward: bool) -> int:
+    """The tier that was asked for, as a place in TIERS: by `forced`, or by RNNLM_CUDA_TIER."""
+    if forced := _forced[backward]:
+        return forced
     name = _from_environment() or "auto"
     if name not in TIERS:
         raise ValueError(f"{ENVIRONMENT}={name!r} is not a tier; expected one of {list(TIERS)}")
     return TIERS.index(name)
 
 
+def _tuned(device: int, case: tuning.Case) -> tuple[int, tuning.Tuned | None]:
+    """The tier that a table names for a pass of a layer, and the table; (_AUTOMATIC, None) if none.
+
+    It may turn out to be unable: the table was measured with other sizes, or it has failed since.
+    """
+    found = tuning.lookup("cuda", device, case, identity)
+    if found is None or found.choice not in TIERS[1:]:
+        return _AUTOMATIC, None
+    return TIERS.index(found.choice), found
+
+
+def _planned(problem: Problem, backward: bool, code: int, limits: dict[str, Any]) -> dict[str, Any]:
+    """What the native side says of a pass in a tier; problem knows its T and B."""
+    assert problem.seq_len is not None
+    assert problem.batch is not None
+    answer: dict[str, Any] = native.cuda_plan(
+        _LSTM if problem.cell == "lstm" else _gru(problem.options),
+        backward,
+        _DTYPES[problem.dtype],
+        problem.seq_len,
+        problem.batch,
+        problem.hidden_size,
+        problem.proj_size,
+        problem.seq_len * problem.batch,
+        problem.options.packed,
+        _allow_tf32(problem.dtype),
+        limits,
+        code,
+    )
+    return answer
+
+
 def plan(problem: Problem) -> Plan:
-    code = _tier()
-    tier = TIERS[code]
+    code = _tier(False)
     kernel = f"fused {problem.cell}"
-    limits = native.cuda_device_limits(_index(problem))
+    index = _index(problem)
+    limits = native.cuda_device_limits(index)
     if problem.seq_len is None or problem.batch is None:
-        return Plan("cuda", kernel, f"tier {tier}", "the tier depends on T and B")
-    cell = _LSTM if problem.cell == "lstm" else _gru(problem.options)
-    shapes, reasons = [], []
-    for backward in range(1 + problem.training):
-        found = native.cuda_plan(
-            cell,
-            backward,
-            _DTYPES[problem.dtype],
-            problem.seq_len,
-            problem.batch,
-            problem.hidden_size,
-            problem.proj_size,
-            problem.seq_len * problem.batch,
-            problem.options.packed,
-            _allow_tf32(problem.dtype),
-            limits,
-            code,
-        )
-        name = ("forward", "backward")[backward]
-        shapes.append(f"{name}: {found['shape'] or tier + ' cannot'}")
+        return Plan("cuda", kernel, f"tier {TIERS[code]}", "the tier depends on T and B")
+    shapes, sources, reasons = [], [], []
+    for backward in (False, True)[: 1 + problem.training]:
+        name, code = ("forward", "backward")[backward], _tier(backward)
+        source = f"{ENVIRONMENT}={TIERS[code]}" if code else "the cost model"
+        found = _planned(problem, backward, code, limits)
+        if not code:
+            tuned, table = _tuned(index, _case(problem, backward))
+            answer = _planned(problem, backward, tuned, limits)
+            if table is not None and answer["tier"] is not None:
+                found, source = answer, str(table)
+        shapes.append(f"{name}: {found['shape'] or TIERS[code] + ' cannot'}")
+        sources.append(source)
         reasons.append(f"{name}: {_forecasts(found['forecasts'])}")
-    source = "the cost model" if tier == "auto" else f"{ENVIRONMENT}={tier}"
-    reason = f"by {source}; derived us per step, {'; '.join(reasons)}"
+    one_source = len(set(sources)) == 1
+    by = sources[0] if one_source else f"{sources[0]}, backward by {sources[1]}"
+    reason = f"by {by}; derived us per step, {'; '.join(reasons)}"
+    if problem.options.reverse:
+        reason += f"; {_beside(problem, limits)}"
     return Plan("cuda", kernel, "; ".join(shapes), reason)
+
+
+def _beside(problem: Problem, limits: dict[str, Any]) -> str:
+    """Whether the forward direction of the same layer runs at the same time, in words."""
+    assert problem.seq_len is not None
+    assert problem.batch is not None
+    answer = native.cuda_directions(
+        _LSTM if problem.cell == "lstm" else _gru(problem.options),
+        _DTYPES[problem.dtype],
+        problem.seq_len,
+        problem.batch,
+        problem.hidden_size,
+        problem.proj_size,
+        problem.seq_len * problem.batch,
+        problem.options.packed,
+        _allow_tf32(problem.dtype),
+        limits,
+        _tier(False),
+        problem.training,
+        False,
+    )
+    together, in_turn = answer["us_side_by_side"], answer["us_in_turn"]
+    cost = "half of the device is too little" if together is None else f"{together:.0f} us"
+    how = "side by side" if answer["side_by_side"] else "in turn"
+    return f"both directions {how} (side by side: {cost}, in turn: {in_turn:.0f} us)"
 
 
 def _forecasts(forecasts: dict[str, dict[str, Any]]) -> str:
@@ -192,6 +262,49 @@ def state() -> dict[str, str]:
     return lines
 
 
+# --- for measuring (see rnnlm_kernels.backends) -------------------------------------------------
+
+
+def devices() -> range:
+    """Indices of the GPUs there are."""
+    return range(_device_count() if available()[0] else 0)
+
+
+def identity(index: int) -> dict[str, str]:
+    """What a tuned table must have been measured on to hold for a device."""
+    limits, built = native.cuda_device_limits(index), native.build_info()
+    return {
+        **tuning.gpu_identity(index),
+        "sms": str(limits["sms"]),  # of this process, which MPS may give fewer
+        "nvcc": built["cuda_version"],
+        "kernels": built["kernels"],
+    }
+
+
+def _case(problem: Problem, backward: bool) -> tuning.Case:
+    return tuning.Case.of(problem, backward, _allow_tf32(problem.dtype))
+
+
+def candidates(problem: Problem, backward: bool) -> dict[str, str]:
+    """The tiers that can run a pass of a problem with T and B, the cost model's choice first."""
+    limits = native.cuda_device_limits(_index(problem))
+    automatic = _planned(problem, backward, _AUTOMATIC, limits)
+    able = [tier for tier, one in automatic["forecasts"].items() if one["able"]]
+    able.sort(key=lambda tier: tier != automatic["tier"])
+    return {tier: _planned(problem, backward, TIERS.index(tier), limits)["shape"] for tier in able}
+
+
+@contextmanager
+def forced(backward: bool, candidate: str) -> Iterator[None]:
+    """Inside the block a pass of every layer runs in this tier, or raises NotImplementedError."""
+    before = _forced[backward]
+    _forced[backward] = TIERS.index(candidate)
+    try:
+        yield
+    finally:
+        _forced[backward] = before
+
+
 # --- the calls ----------------------------------------------------------------------------------
 
 
@@ -222,20 +335,100 @@ def _resources(
     proj: int,
     batch_sizes: Tensor | None,
     output: Tensor,
-) -> tuple[tuple[int | bool, ...], tuple[Tensor | None, ...]]:
-    """The last arguments of a native call, and the tensors that have to live until it returns."""
+) -> tuple[list[tuple[int | bool, ...]], tuple[Tensor | None, ...]]:
+    """The last arguments of a native call, and the tensors that have to live until it returns.
+
+    Where a tuned table names the tier there are two sets of arguments, its and the automatic ones,
+    for :func:`_enqueue`; the workspace is enough for either. (A table was measured with the device
+    to itself: it says nothing of one of two directions.)
+    """
     device, stream = _place(output)
-    tier, tf32 = _tier(), _allow_tf32(output.dtype)
+    tier, tf32 = _tier(backward), _allow_tf32(output.dtype)
     dtype, packed = _DTYPES[output.dtype], batch_sizes is not None
     rows = len(output) if packed else steps * batch
+    sharing = streams.concurrent(stream)
     nbytes, wants_offsets = _needs(
-        cell, backward, dtype, steps, batch, hidden, proj, rows, packed, tf32, device, tier
+        cell, backward, dtype, steps, batch, hidden, proj, rows, packed, tf32, device, tier, sharing
     )
+    tiers = [tier]
+    if tier == _AUTOMATIC and sharing == 1 and tuning.sources("cuda", device, identity):
+        name = tuning.dtype_name(output.dtype, tf32)
+        case = tuning.Case(_CELLS[cell], backward, name, hidden, proj, packed, steps, batch)
+        tuned, _ = _tuned(device, case)
+        if tuned != _AUTOMATIC:
+            tiers.insert(0, tuned)
+            wants_offsets |= packed
     workspace = _empty(nbytes, output)
     offsets = _offsets(batch_sizes, output) if batch_sizes is not None and wants_offsets else None
     address = 0 if offsets is None else offsets.data_ptr()
-    arguments = (device, stream, address, workspace.data_ptr(), nbytes, tier, tf32)
-    return arguments, (workspace, offsets)
+    attempts: list[tuple[int | bool, ...]] = [
+        (device, stream, address, workspace.data_ptr(), nbytes, tier, tf32, sharing)
+        for tier in tiers
+    ]
+    return attempts, (workspace, offsets)
+
+
+@functools.lru_cache(maxsize=4096)
+def _directions(device: int, *problem: Any) -> dict[str, Any]:
+    answer: dict[str, Any] = native.cuda_directions(
+        *problem[:-3], native.cuda_device_limits(device), *problem[-3:]
+    )
+    return answer
+
+
+def directions(
+    x: Tensor,
+    w_hh: Tensor,
+    w_hr: Tensor | None,
+    h0: Tensor,
+    batch_sizes: Tensor | None,
+    cell: str,
+    options: RecurrenceOptions,
+    trains: bool,
+) -> streams.Pair | None:
+    """The streams on which the directions of a bidirectional layer run side by side.
+
+    None where the forecasts say that they had better run in turn, each on the whole device. Takes
+    the tensors of the forward direction; ``trains``: a backward pass may follow.
+    """
+    device, caller = _place(x)
+    tier, replayed, packed = _tier(False), _capturing(), batch_sizes is not None
+    if packed and replayed and tier == _AUTOMATIC:
+        tier = _STEPWISE  # there will be no offsets
+    steps, batch = len(x if batch_sizes is None else batch_sizes), h0.shape[-2]
+    hidden = len(w_hh) // (4 if cell == "lstm" else 3)
+    answer = _directions(
+        device,
+        _LSTM if cell == "lstm" else _gru(options),
+        _DTYPES[x.dtype],
+        steps,
+        batch,
+        hidden,
+        0 if w_hr is None else len(w_hr),
+        len(x) if packed else steps * batch,
+        packed,
+        _allow_tf32(x.dtype),
+        tier,
+        trains,
+        replayed,
+    )
+    return streams.pair(native, device, caller) if answer["side_by_side"] else None
+
+
+def _enqueue(
+    function: Callable[..., int], attempts: list[tuple[int | bool, ...]], *layer: int | bool
+) -> None:
+    """Call a native function with the first of the attempts that it does not refuse.
+
+    The tier of a tuned table was measured with other sizes and other tensors, and may have failed
+    since; what it cannot run, the automatic choice runs. A mistake of ours is refused by both.
+    """
+    *tuned, last = attempts
+    for attempt in tuned:
+        with suppress(NotImplementedError, ValueError):
+            function(*layer, *attempt)
+            return
+    function(*layer, *last)
 
 
 def lstm_forward(
@@ -259,8 +452,10 @@ def lstm_forward(
     """Fill output, h_n, c_n and, where wanted, cells and saved."""
     steps, batch = len(x if batch_sizes is None else batch_sizes), h0.shape[-2]
     hidden, proj = c0.shape[-1], 0 if w_hr is None else len(w_hr)
-    arguments, alive = _resources(_LSTM, False, steps, batch, hidden, proj, batch_sizes, output)
-    native.cuda_lstm_forward(
+    attempts, alive = _resources(_LSTM, False, steps, batch, hidden, proj, batch_sizes, output)
+    _enqueue(
+        native.cuda_lstm_forward,
+        attempts,
         _DTYPES[h0.dtype],
         steps,
         batch,
@@ -279,7 +474,6 @@ def lstm_forward(
         c_n.data_ptr(),
         0 if cells is None else cells.data_ptr(),
         0 if saved is None else saved.data_ptr(),
-        *arguments,
     )
     del alive
 
@@ -307,8 +501,10 @@ def lstm_backward(
     """Fill dgates, dh0 and dc0 (both or neither) and, with a projection, dproj and unprojected."""
     steps, batch = len(output if batch_sizes is None else batch_sizes), h0.shape[-2]
     hidden, proj = c0.shape[-1], 0 if w_hr is None else len(w_hr)
-    arguments, alive = _resources(_LSTM, True, steps, batch, hidden, proj, batch_sizes, output)
-    native.cuda_lstm_backward(
+    attempts, alive = _resources(_LSTM, True, steps, batch, hidden, proj, batch_sizes, output)
+    _enqueue(
+        native.cuda_lstm_backward,
+        attempts,
         _DTYPES[h0.dtype],
         steps,
         batch,
@@ -330,7 +526,6 @@ def lstm_backward(
         0 if dc0 is None else dc0.data_ptr(),
         0 if dproj is None else dproj.data_ptr(),
         0 if unprojected is None else unprojected.data_ptr(),
-        *arguments,
     )
     del alive
 
@@ -352,10 +547,10 @@ def gru_forward(
     """Fill output, h_n and, where wanted, saved."""
     steps, batch = len(x if batch_sizes is None else batch_sizes), h0.shape[-2]
     hidden = h0.shape[-1]
-    arguments, alive = _resources(
-        _gru(options), False, steps, batch, hidden, 0, batch_sizes, output
-    )
-    native.cuda_gru_forward(
+    attempts, alive = _resources(_gru(options), False, steps, batch, hidden, 0, batch_sizes, output)
+    _enqueue(
+        native.cuda_gru_forward,
+        attempts,
         _DTYPES[h0.dtype],
         steps,
         batch,
@@ -370,7 +565,6 @@ def gru_forward(
         output.data_ptr(),
         h_n.data_ptr(),
         0 if saved is None else saved.data_ptr(),
-        *arguments,
     )
     del alive
 
@@ -391,8 +585,10 @@ def gru_backward(
     """Fill dgates, dh0 and candidate (see csrc/core/params.h)."""
     steps, batch = len(output if batch_sizes is None else batch_sizes), h0.shape[-2]
     hidden = h0.shape[-1]
-    arguments, alive = _resources(_gru(options), True, steps, batch, hidden, 0, batch_sizes, output)
-    native.cuda_gru_backward(
+    attempts, alive = _resources(_gru(options), True, steps, batch, hidden, 0, batch_sizes, output)
+    _enqueue(
+        native.cuda_gru_backward,
+        attempts,
         _DTYPES[h0.dtype],
         steps,
         batch,
@@ -409,6 +605,5 @@ def gru_backward(
         dgates.data_ptr(),
         candidate.data_ptr(),
         0 if dh0 is None else dh0.data_ptr(),
-        *arguments,
     )
     del alive

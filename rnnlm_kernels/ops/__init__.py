@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import gru_layer, lstm_layer
+from .directions import side_by_side as side_by_side
 from .planning import must_be_plain, nobody_watches
 
 _LSTM = torch.ops.rnnlm_kernels.lstm.default

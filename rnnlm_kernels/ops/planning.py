@@ -94,14 +94,14 @@ def nobody_watches(*tensors: Tensor | None) -> bool:
     """
     return (
         not torch.compiler.is_compiling()
-        and _PLAIN.issuperset(map(type, tensors))
+        and PLAIN.issuperset(map(type, tensors))
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._get_tracing_state() is None
         and not torch._C._autograd._profiler_enabled()
     )
 
 
-_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
+PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
 
 
 def must_be_plain() -> bool:

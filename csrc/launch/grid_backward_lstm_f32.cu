@@ -1,0 +1,8 @@
+// The grid tier's backward kernels: LSTM, float32.
+#include "launch/grid_backward.h"
+
+namespace rnnlm {
+
+RNNLM_GRID_BACKWARD(LstmGridBackward, GridBackwardFma);
+
+}  // namespace rnnlm
