@@ -6,9 +6,10 @@
 #   scripts/gpu_check.sh [--dry-run] [OUT]
 #
 # OUT (default: benchmarks/results/gpu-<name>/) receives gpu.json, gpu.csv, gpu.md, gpu.png (the benchmark), check.json (the
-# oracle check), plan.txt (which tier the cost model takes), summary.json (every stage and how it ended) and logs/, a file
-# for each stage. Every stage has a time limit; one that fails or runs out of time does not stop the others, but the exit
-# code is 1. --dry-run needs no GPU: the same stages, with the emulator in place of the device.
+# oracle check), plan.txt (which tier the cost model takes), tuned/ (what each tier took for a few layers, as a tuned table),
+# summary.json (every stage and how it ended) and logs/, a file for each stage. Every stage has a time limit; one that fails
+# or runs out of time does not stop the others, but the exit code is 1. --dry-run needs no GPU: the same stages, with the
+# emulator in place of the device.
 #
 #   PYTHON                    the interpreter (python3)
 #   RNNLM_GPU_CHECK_SECONDS   for everything (520)
@@ -18,6 +19,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 export PYTHONUNBUFFERED=1
+export RNNLM_TUNED_DIR=off # what is measured is what everybody gets
 python=${PYTHON:-python3}
 dry=
 [[ ${1:-} == --dry-run ]] && { dry=1; shift; }
@@ -113,6 +115,15 @@ check() {
   fi
 }
 
+tune() {
+  if [[ -z $dry ]]; then
+    "$python" -m rnnlm_kernels tune --backend cuda --cell lstm --dtype bfloat16 --hidden 1024 --hidden 256 --batch 16 --batch 64 \
+      --steps 64 --budget 0.3 --budget-seconds 25 --out "$out/tuned"
+  else
+    "$python" scripts/gpu_tiny.py tune --emulate --cell gru --hidden 24 --batch 2 --steps 3 --samples 2 --out "$out/tuned"
+  fi
+}
+
 plan() {
   "$python" scripts/gpu_tiny.py plan >"$out/plan.txt"
 }
@@ -125,7 +136,7 @@ probes() {
   rm -f "$out/logs/probe"
   "$python" "$RNNLM_GPU_PROBES/baseline.py" "$out/probes" --budget-seconds $((budget > 0 ? budget : 0))
 }
-export -f tools build check plan probes left
+export -f tools build check tune plan probes left
 export python dry gpu arch out deadline
 
 stage tools 20 bash -c tools
@@ -137,10 +148,11 @@ if stage build 200 bash -c build; then
     stage tests 120 "$python" -m pytest -m gpu -q -p no:cacheprovider tests
     stage check 70 bash -c check
     # The rest, less what the stages behind it need.
-    budget=$(($(left) - 105))
+    budget=$(($(left) - 145))
     ((budget > 220)) && budget=220
     stage bench $((budget + 20)) "$python" -m rnnlm_kernels bench --grid gpu --device cuda --backend cuda --budget 0.1 \
       --check-steps 128 --budget-seconds $((budget > 0 ? budget : 0)) --out "$out"
+    stage tune 40 bash -c tune
 
     # All four at a time: none of them times anything. An allocation of its own for each tensor shows who reads or writes
     # beyond one, or reads what nobody wrote.
@@ -161,6 +173,7 @@ if stage build 200 bash -c build; then
     stage check 60 bash -c check
     stage bench 60 "$python" -m rnnlm_kernels bench --shape 4,2,8,8 --cell gru --samples 2 --check-steps 3 \
       --budget-seconds 30 --out "$out"
+    stage tune 60 bash -c tune
     stage emulator 120 "$python" scripts/gpu_tiny.py check --emulate
   fi
 fi

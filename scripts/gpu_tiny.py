@@ -3,6 +3,7 @@
 python scripts/gpu_tiny.py check [--emulate]   every tier against the float64 oracle
 python scripts/gpu_tiny.py profile             one long forward and backward, for a profiler
 python scripts/gpu_tiny.py plan                tier and predicted time of every problem of the grid
+python scripts/gpu_tiny.py tune --emulate ...  `rnnlm-kernels tune ...` in the emulator
 
 `check` is what runs under compute-sanitizer, which slows kernels down a hundredfold: few steps, few
 rows, the smallest layer that a tier still spreads over several CTAs. `plan` needs no GPU: without
@@ -123,14 +124,29 @@ def plan() -> None:
         print(plan_line(workload, limits))
 
 
+def tune(options: list[str]) -> None:
+    """What the command finds out about the emulator's tiers is of no use; that it works is."""
+    from cuda_emulated import emulated
+
+    from rnnlm_kernels.cli import app
+
+    with emulated():
+        app(["tune", *options])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("job", choices=("check", "profile", "plan"))
-    parser.add_argument("--emulate", action="store_true", help="check in the emulator")
-    arguments = parser.parse_args()
+    parser.add_argument("job", choices=("check", "profile", "plan", "tune"))
+    parser.add_argument("--emulate", action="store_true", help="check or tune in the emulator")
+    arguments, options = parser.parse_known_args()
+    if (arguments.job == "tune") != bool(options):
+        parser.error(f"options of `rnnlm-kernels tune` go with tune, got {options}")
     if arguments.job == "check":
         return 1 if check(arguments.emulate) else 0
-    (profile if arguments.job == "profile" else plan)()
+    if arguments.job == "tune":
+        tune(options)
+    else:
+        (profile if arguments.job == "profile" else plan)()
     return 0
 
 

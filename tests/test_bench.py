@@ -38,7 +38,6 @@ from rnnlm_kernels.bench.results import (
     fill_ratios,
     geomean,
     geomeans,
-    write_atomically,
 )
 from rnnlm_kernels.bench.workload import (
     CELLS,
@@ -54,6 +53,7 @@ from rnnlm_kernels.bench.workload import (
     setup,
     trial,
 )
+from rnnlm_kernels.files import write_atomically
 
 QUICK = TimingOptions(budget_s=0.0, min_samples=2, max_samples=2, min_sample_s=0.0, warmup=1)
 TINY = Workload("lstm", 4, 2, 3, 5)

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from rnnlm_kernels.bench.grids import gpu_grid
 from rnnlm_kernels.bench.results import Results
 from rnnlm_kernels.cli import app
+from rnnlm_kernels.tuning import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "gpu_check.sh"
@@ -44,12 +45,14 @@ def test_the_dry_run_goes_through_every_stage(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["ok"]
     names = [stage["stage"] for stage in summary["stages"]]
-    assert names == ["tools", "build", "plan", "tests", "check", "bench", "emulator"]
+    assert names == ["tools", "build", "plan", "tests", "check", "bench", "tune", "emulator"]
     for name in names:
         assert (tmp_path / "logs" / f"{name}.txt").is_file()
 
     assert json.loads((tmp_path / "check.json").read_text())["ok"]
     assert Results.load(tmp_path / "custom.json").complete
+    (tuned,) = (tmp_path / "tuned").iterdir()
+    assert len(Table.from_json(tuned.read_bytes()).entries) == 2
     plans = (tmp_path / "plan.txt").read_text().splitlines()
     assert len(plans) == 1 + len(gpu_grid())
     assert all("us/step" in line for line in plans[1:])
@@ -100,7 +103,7 @@ def test_on_a_gpu_every_stage_runs_whatever_fails(tmp_path: Path) -> None:
     results = {stage["stage"]: stage["result"] for stage in summary["stages"]}
     sanitizers = {"memcheck", "racecheck", "synccheck", "initcheck"}
     assert set(results) == sanitizers | {
-        *("tools", "build", "plan", "tests", "check", "bench", "profile")
+        *("tools", "build", "plan", "tests", "check", "bench", "tune", "profile")
     }
     assert {stage for stage, result in results.items() if result != "ok"} == {"tests"}
 
@@ -109,9 +112,10 @@ def test_on_a_gpu_every_stage_runs_whatever_fails(tmp_path: Path) -> None:
     assert "--grid gpu --device cuda --backend cuda" in said["bench"]
     assert all("gpu_tiny.py check" in said[tool] for tool in sanitizers)
     assert "gpu_tiny.py profile for , tier grid" in said["profile"]
-    words = said["bench"].split(" for ")[0].split()[2:]
-    offered = CliRunner().invoke(app, ["bench", "--help"], env={"COLUMNS": "400"}).output
-    assert all(word in offered for word in words if word.startswith("--"))
+    for command in ("bench", "tune"):
+        words = said[command].split(" for ")[0].split()[2:]
+        offered = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "400"}).output
+        assert all(word in offered for word in words if word.startswith("--"))
 
 
 @LINUX_ONLY

@@ -25,7 +25,7 @@ import pytest
 from cuda_toolkit import cuda_resources, needs_nvcc
 
 import rnnlm_kernels
-from rnnlm_kernels import _C
+from rnnlm_kernels import _C, tuning
 
 ROOT = Path(__file__).resolve().parent.parent
 LINUX_ONLY = pytest.mark.skipif(sys.platform != "linux", reason="reads ELF files")
@@ -208,7 +208,9 @@ def test_wheel_holds_the_package_the_module_and_the_licence_only(wheel: Path) ->
 
 
 @pytest.mark.slow
-def test_installed_wheel_computes_what_torch_computes(fresh_venv: Path, tmp_path: Path) -> None:
+def test_installed_wheel_computes_what_torch_computes(
+    fresh_venv: Path, unpacked: Path, tmp_path: Path
+) -> None:
     program = """
 import json, torch, rnnlm_kernels
 from rnnlm_kernels import _C
@@ -223,6 +225,9 @@ print(json.dumps([rnnlm_kernels.__file__, rnnlm_kernels.__version__, _C.build_in
     assert Path(file).is_relative_to(fresh_venv)
     assert version == info["version"] == rnnlm_kernels.__version__
     assert info["cuda"] is False
+    folders = ("core", "device", "kernels", "launch")
+    kernels = [path for name in folders for path in (unpacked / "csrc" / name).iterdir()]
+    assert info["kernels"] == tuning.fingerprint(unpacked / "csrc", kernels)
     assert error < 1e-5
 
 
@@ -311,7 +316,7 @@ print(*{{line.split()[-1] for line in open("/proc/self/maps") if ".so" in line}}
 @LINUX_ONLY
 @pytest.mark.slow
 @pytest.mark.skipif(not IS_X86_64, reason="only x86-64 has kernels for several instruction sets")
-@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512bf16", "amx"])
 def test_code_for_a_wider_instruction_set_is_not_shared(
     wheel: Path, unpacked: Path, isa: str
 ) -> None:

@@ -2,7 +2,8 @@
 
 Read in this order: ``workload`` (what is run), ``grids`` (which ones), ``contenders`` (by whom),
 ``measure`` (how a number is obtained), ``harness`` (the loop), ``results`` (what is written),
-``targets`` (what was promised), ``report`` and ``plot`` (what a reader sees).
+``targets`` (what was promised), ``report`` and ``plot`` (what a reader sees). ``tune`` times the
+ways of running a layer against each other.
 
 The command line is ``rnnlm-kernels bench``; from Python::
 

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..files import write_atomically
 from .contenders import rival_of
 from .plot import ratio_plot
-from .results import OK, Group, Measurement, Results, geomeans, write_atomically
+from .results import OK, Group, Measurement, Results, geomeans
 from .targets import judge
 from .workload import SHORT_DTYPES
 

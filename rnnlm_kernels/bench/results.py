@@ -6,13 +6,12 @@ import csv
 import io
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..files import write_atomically
 from .contenders import rival_of
 from .workload import Workload
 
@@ -177,21 +176,6 @@ def to_csv(measurements: Iterable[Measurement]) -> str:
         row = measurement.to_dict()
         writer.writerow({**row.pop("workload"), **row})
     return text.getvalue()
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a whole file or nothing; makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)  # mkstemp's file is its owner's alone
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def fill_ratios(measurements: Iterable[Measurement]) -> None:

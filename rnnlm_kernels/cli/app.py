@@ -17,6 +17,7 @@ from .evaluate import evaluate, score
 from .generate import generate
 from .info import info
 from .train import train
+from .tune import tune_command
 
 app = typer.Typer(
     name="rnnlm-kernels",
@@ -42,6 +43,8 @@ and this command to see what runs, whether it is right, and how fast it is.""",
     [cyan]rnnlm-kernels check[/cyan]     every backend against a float64 oracle, on this machine
 
     [cyan]rnnlm-kernels bench[/cyan]     speed and memory against torch.nn, under three minutes
+
+    [cyan]rnnlm-kernels tune[/cyan]      measures which kernel is the fastest on your GPU, for later
 
     [cyan]rnnlm-kernels train[/cyan]     a language model on a text; then eval, score, generate""",
 )
@@ -73,6 +76,7 @@ def _root(
 app.command()(one_line_errors(info))
 app.command()(one_line_errors(check))
 app.add_typer(bench_app, name="bench")
+app.command("tune")(one_line_errors(tune_command))
 app.command()(one_line_errors(train))
 app.command("eval")(one_line_errors(evaluate))
 app.command()(one_line_errors(score))

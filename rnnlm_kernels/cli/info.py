@@ -11,6 +11,8 @@ import typer
 from rich.table import Table
 from typer import Option
 
+from .. import tuning
+from ..backends import tunable
 from ..bench import machine
 from ..build import build_info
 from ..dispatch import BackendError, backends, plan
@@ -72,10 +74,26 @@ def gather() -> dict[str, Any]:
         "machine": machine.describe(),
         "versions": machine.versions(),
         "cuda": backends()["cuda"].state(),
+        "tuned": _tables(),
         "backends": {n: {"available": ok, "reason": why} for n, (ok, why) in available.items()},
         "threads": torch.get_num_threads(),
         "plans": plans,
     }
+
+
+def _tables() -> dict[str, str]:
+    """Every tuned table that there is for a device: what it holds, or why it is not used."""
+    if tuning.switched_off():
+        return {"none": f"{tuning.ENVIRONMENT}={tuning.OFF}"}
+    found = {}
+    for name, backend in tunable().items():
+        for device in backend.devices():
+            for source in tuning.sources(name, device, backend.identity):
+                words = f"not used: {source.refusal}"
+                if source.table is not None:
+                    words = f"in use for {name}, {source.table.words}"
+                found[str(source.path)] = words
+    return found or {"none": "`rnnlm-kernels tune` measures one"}
 
 
 def info(
@@ -91,6 +109,7 @@ def info(
     facts = {**found["machine"], "threads torch uses": found["threads"], **found["versions"]}
     output.print(_pairs("Machine", facts))
     output.print(_pairs("CUDA", found["cuda"]))
+    output.print(_pairs("Tuned tables", found["tuned"]))
     states = table("Backends", ("backend", "available", "reason"))
     for name, state in found["backends"].items():
         states.add_row(name, "yes" if state["available"] else "no", state["reason"])
