@@ -7,9 +7,10 @@
 #
 # OUT (default: benchmarks/results/gpu-<name>/) receives gpu.json, gpu.csv, gpu.md, gpu.png (the benchmark), check.json (the
 # oracle check), plan.txt (which tier the cost model takes), tuned/ (what each tier took for a few layers, as a tuned table),
-# summary.json (every stage and how it ended) and logs/, a file for each stage. Every stage has a time limit; one that fails
-# or runs out of time does not stop the others, but the exit code is 1. --dry-run needs no GPU: the same stages, with the
-# emulator in place of the device.
+# triton/ (the Triton backend's oracle check, its benchmark beside the CUDA backend's, and head.json, the linear + cross-entropy
+# head), summary.json (every stage and how it ended) and logs/, a file for each stage. Every stage has a time limit; one that
+# fails or runs out of time does not stop the others, but the exit code is 1. --dry-run needs no GPU: the same stages, with the
+# emulator and Triton's interpreter in place of the device.
 #
 #   PYTHON                    the interpreter (python3)
 #   RNNLM_GPU_CHECK_SECONDS   for everything (520)
@@ -124,6 +125,24 @@ tune() {
   fi
 }
 
+# Layers that PyTorch's own GRU and LSTM are slow at, on both of our backends in turn. Kernels are compiled as they are first used.
+triton() {
+  mkdir -p "$out/triton"
+  if [[ -z $dry ]]; then
+    "$python" -m rnnlm_kernels check --device cuda --backend triton --shape 5,3,16,24 --shape 4,9,40,200 --json >"$out/triton/check.json"
+    local code=$?
+    "$python" -m rnnlm_kernels bench --device cuda --backend triton --backend cuda --cell gru --cell lstm --dtype bfloat16 \
+      --shape 64,16,512,512 --shape 64,16,64,64 --shape 64,16,1024,1024 --budget 0.3 --check-steps 64 --budget-seconds 20 \
+      --out "$out/triton" || code=1
+    "$python" benchmarks/linear_cross_entropy.py --device cuda --dtype bfloat16 --shape 1400,650,10000 --shape 5600,400,33278 \
+      --rounds 5 --out "$out/triton/head.json" || code=1
+    return $code
+  else
+    "$python" scripts/gpu_tiny.py triton --emulate &&
+      "$python" benchmarks/linear_cross_entropy.py --shape 40,8,300 --rounds 2 --out "$out/triton/head.json"
+  fi
+}
+
 plan() {
   "$python" scripts/gpu_tiny.py plan >"$out/plan.txt"
 }
@@ -136,7 +155,7 @@ probes() {
   rm -f "$out/logs/probe"
   "$python" "$RNNLM_GPU_PROBES/baseline.py" "$out/probes" --budget-seconds $((budget > 0 ? budget : 0))
 }
-export -f tools build check tune plan probes left
+export -f tools build check tune triton plan probes left
 export python dry gpu arch out deadline
 
 stage tools 20 bash -c tools
@@ -148,13 +167,14 @@ if stage build 200 bash -c build; then
     stage tests 120 "$python" -m pytest -m gpu -q -p no:cacheprovider tests
     stage check 70 bash -c check
     # The rest, less what the stages behind it need.
-    budget=$(($(left) - 145))
+    budget=$(($(left) - 215))
     ((budget > 220)) && budget=220
     stage bench $((budget + 20)) "$python" -m rnnlm_kernels bench --grid gpu --device cuda --backend cuda --budget 0.1 \
       --check-steps 128 --budget-seconds $((budget > 0 ? budget : 0)) --out "$out"
     stage tune 40 bash -c tune
+    stage triton 70 bash -c triton
 
-    # All four at a time: none of them times anything. An allocation of its own for each tensor shows who reads or writes
+    # All at a time: none of them times anything. An allocation of its own for each tensor shows who reads or writes
     # beyond one, or reads what nobody wrote.
     if have sanitizers compute-sanitizer; then
       for tool in memcheck racecheck synccheck initcheck; do
@@ -162,6 +182,10 @@ if stage build 200 bash -c build; then
           --error-exitcode 9 --report-api-errors no --port $((49200 + RANDOM % 9000)) \
           "$python" scripts/gpu_tiny.py check &
       done
+      # Names of Triton's kernels have nothing in common, so all kernels are checked, PyTorch's too.
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage memcheck-triton 70 compute-sanitizer --tool memcheck \
+        --error-exitcode 9 --report-api-errors no --port $((49200 + RANDOM % 9000)) \
+        "$python" scripts/gpu_tiny.py triton &
       wait
     fi
     # The settings of the clocks are left alone.
@@ -174,6 +198,7 @@ if stage build 200 bash -c build; then
     stage bench 60 "$python" -m rnnlm_kernels bench --shape 4,2,8,8 --cell gru --samples 2 --check-steps 3 \
       --budget-seconds 30 --out "$out"
     stage tune 60 bash -c tune
+    stage triton 120 bash -c triton
     stage emulator 120 "$python" scripts/gpu_tiny.py check --emulate
   fi
 fi

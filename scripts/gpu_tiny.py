@@ -1,6 +1,7 @@
-"""Small jobs of scripts/gpu_check.sh: CUDA kernels of every tier on tiny problems, and the plans.
+"""Small jobs of scripts/gpu_check.sh: every kind of kernel on tiny problems, and the plans.
 
-python scripts/gpu_tiny.py check [--emulate]   every tier against the float64 oracle
+python scripts/gpu_tiny.py check [--emulate]   every CUDA tier against the float64 oracle
+python scripts/gpu_tiny.py triton [--emulate]  every family of Triton kernels, likewise
 python scripts/gpu_tiny.py profile             one long forward and backward, for a profiler
 python scripts/gpu_tiny.py plan                tier and predicted time of every problem of the grid
 python scripts/gpu_tiny.py tune --emulate ...  `rnnlm-kernels tune ...` in the emulator
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Iterator
@@ -27,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the tree itself; tests/ has the emulated device
 
 from rnnlm_kernels import LSTM  # noqa: E402
-from rnnlm_kernels.backends import cuda  # noqa: E402
+from rnnlm_kernels.backends import cuda, triton  # noqa: E402
 from rnnlm_kernels.bench.grids import gpu_grid  # noqa: E402
 from rnnlm_kernels.bench.workload import Workload, row_lengths  # noqa: E402
 from rnnlm_kernels.build import native  # noqa: E402
@@ -40,44 +42,51 @@ CELLS = {"lstm": 0, "gru": 1, "gru-before": 2}
 
 # Hidden sizes: the stepwise tier takes any, the others multiples of 8; a cluster of two and more
 # begins above 128.
-SIZES = {"stepwise": 24, "block": 64, "cluster": 136, "grid": 64}
+TIERS = {"stepwise": 24, "block": 64, "cluster": 136, "grid": 64}
+FAMILIES = {"stepwise": 40, "sequence": 24}
 
 
 @contextlib.contextmanager
-def tier_of_environment(tier: str) -> Iterator[None]:
-    os.environ[cuda.ENVIRONMENT] = tier
+def environment(name: str, value: str) -> Iterator[None]:
+    os.environ[name] = value
     try:
         yield
     finally:
-        del os.environ[cuda.ENVIRONMENT]
+        del os.environ[name]
 
 
-def check(emulate: bool) -> int:
-    """Run every tier; returns how many problems were wrong or could not be run."""
-    if emulate:
-        from cuda_emulated import emulated as using  # type: ignore[import-not-found]
-    else:
-        using = tier_of_environment
+def check(backend: str, emulate: bool) -> int:
+    """Run every kind of kernel; returns how many problems were wrong or could not be run."""
+    kinds, variable = {
+        "cuda": (TIERS, cuda.ENVIRONMENT),
+        "triton": (FAMILIES, triton.ENVIRONMENT),
+    }[backend]
+    using: Any = functools.partial(environment, variable)
+    if emulate and backend == "cuda":
+        from cuda_emulated import emulated as using
+    elif emulate:
+        os.environ["TRITON_INTERPRET"] = "1"
+        from triton_interpreted import interpreted as using
+    elif backend == "cuda":
         native.cuda_set_wait_limit(PATIENT_POLLS, PATIENT_NANOSECONDS)
     device = "cpu" if emulate else "cuda"
     bad = 0
-    for tier, hidden in SIZES.items():
+    for kind, hidden in kinds.items():
         for cell in CELLS:
-            dtypes = ("bfloat16", "float32") if tier == "stepwise" else ("bfloat16",)
-            for dtype in dtypes:
+            for dtype in ("bfloat16", "float32"):
                 workload = Workload(
                     cell, 3, 3, 8, hidden, dtype=dtype, device=device, mode="training"
                 )
                 packed = dataclasses.replace(workload, lengths="packed", bidirectional=True)
                 for one in (workload, packed):
                     try:
-                        with using(tier):
-                            result = check_problem(one, "cuda")
+                        with using(kind):
+                            result = check_problem(one, backend)
                         words, wrong = result.summary(), not result.ok
                     except (RuntimeError, ValueError) as error:
                         words, wrong = f"did not run: {error}", True
                     bad += wrong
-                    print(f"{'BAD' if wrong else 'ok ':3} {tier:9} {one.label:36} {words}")
+                    print(f"{'BAD' if wrong else 'ok ':3} {kind:9} {one.label:36} {words}")
     print(f"{bad} of the problems are bad" if bad else "all problems ok")
     return bad
 
@@ -136,13 +145,16 @@ def tune(options: list[str]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("job", choices=("check", "profile", "plan", "tune"))
-    parser.add_argument("--emulate", action="store_true", help="check or tune in the emulator")
+    parser.add_argument("job", choices=("check", "triton", "profile", "plan", "tune"))
+    parser.add_argument(
+        "--emulate", action="store_true", help="without a GPU: in the emulator, or Triton's"
+    )
     arguments, options = parser.parse_known_args()
     if (arguments.job == "tune") != bool(options):
         parser.error(f"options of `rnnlm-kernels tune` go with tune, got {options}")
-    if arguments.job == "check":
-        return 1 if check(arguments.emulate) else 0
+    if arguments.job in ("check", "triton"):
+        backend = "cuda" if arguments.job == "check" else "triton"
+        return 1 if check(backend, arguments.emulate) else 0
     if arguments.job == "tune":
         tune(options)
     else:

@@ -45,7 +45,9 @@ def test_the_dry_run_goes_through_every_stage(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["ok"]
     names = [stage["stage"] for stage in summary["stages"]]
-    assert names == ["tools", "build", "plan", "tests", "check", "bench", "tune", "emulator"]
+    assert names == [
+        *("tools", "build", "plan", "tests", "check", "bench", "tune", "triton", "emulator")
+    ]
     for name in names:
         assert (tmp_path / "logs" / f"{name}.txt").is_file()
 
@@ -56,13 +58,13 @@ def test_the_dry_run_goes_through_every_stage(tmp_path: Path) -> None:
     plans = (tmp_path / "plan.txt").read_text().splitlines()
     assert len(plans) == 1 + len(gpu_grid())
     assert all("us/step" in line for line in plans[1:])
-    emulated = (tmp_path / "logs" / "emulator.txt").read_text()
-    assert {line.split()[1] for line in emulated.splitlines() if line.startswith("ok")} == {
-        "stepwise",
-        "block",
-        "cluster",
-        "grid",
-    }
+    for name, kinds in (
+        ("emulator", {"stepwise", "block", "cluster", "grid"}),
+        ("triton", {"stepwise", "sequence"}),
+    ):
+        lines = (tmp_path / "logs" / f"{name}.txt").read_text().splitlines()
+        assert {line.split()[1] for line in lines if line.startswith("ok")} == kinds
+    assert json.loads((tmp_path / "triton" / "head.json").read_text())
 
 
 # Stands in for the interpreter of a machine with a GPU: knows which GPU that is, and says what it
@@ -103,7 +105,8 @@ def test_on_a_gpu_every_stage_runs_whatever_fails(tmp_path: Path) -> None:
     results = {stage["stage"]: stage["result"] for stage in summary["stages"]}
     sanitizers = {"memcheck", "racecheck", "synccheck", "initcheck"}
     assert set(results) == sanitizers | {
-        *("tools", "build", "plan", "tests", "check", "bench", "tune", "profile")
+        *("tools", "build", "plan", "tests", "check", "bench", "tune", "triton", "profile"),
+        "memcheck-triton",
     }
     assert {stage for stage, result in results.items() if result != "ok"} == {"tests"}
 
@@ -111,11 +114,15 @@ def test_on_a_gpu_every_stage_runs_whatever_fails(tmp_path: Path) -> None:
     assert "setup.py -q build_ext --inplace for 90a-real" in said["build"]
     assert "--grid gpu --device cuda --backend cuda" in said["bench"]
     assert all("gpu_tiny.py check" in said[tool] for tool in sanitizers)
+    assert "gpu_tiny.py triton" in said["memcheck-triton"]
     assert "gpu_tiny.py profile for , tier grid" in said["profile"]
-    for command in ("bench", "tune"):
-        words = said[command].split(" for ")[0].split()[2:]
+    triton = said["triton"].splitlines()
+    assert "linear_cross_entropy.py --device cuda" in triton[1]
+    commands = [said["bench"], said["tune"], triton[0], (out / "triton/check.json").read_text()]
+    for line in commands:
+        command, *words = line.split(" for ")[0].removeprefix("-m rnnlm_kernels ").split()
         offered = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "400"}).output
-        assert all(word in offered for word in words if word.startswith("--"))
+        assert all(word in offered for word in words if word.startswith("--")), command
 
 
 @LINUX_ONLY
