@@ -437,8 +437,10 @@ def gru_backward(
         )
 
 
-def supports_cross_entropy(dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
-    """Whether the head's kernel runs on such logits, and why (not)."""
+# --- what stands beside the layers of a language model --------------------------------------------
+
+
+def _supports_beside(dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
     if device.type != DEVICE_TYPE:
         return False, f"tensors are on {device.type}"
     if dtype not in _DTYPES:
@@ -446,6 +448,16 @@ def supports_cross_entropy(dtype: torch.dtype, device: torch.device) -> tuple[bo
     if obstacle := _obstacle():
         return False, obstacle
     return True, "a Triton kernel"
+
+
+def supports_cross_entropy(dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
+    """Whether the head's kernel runs on such logits, and why (not)."""
+    return _supports_beside(dtype, device)
+
+
+def supports_embedding_dropout(dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
+    """Whether the kernel runs on such a weight, and why (not)."""
+    return _supports_beside(dtype, device)
 
 
 def cross_entropy(
@@ -467,3 +479,28 @@ def cross_entropy(
             *(logits, bias, target, class_weight, class_weight_sum, ignore_index),
             *(label_smoothing, upstream, gradient, losses, bias_grad),
         )
+
+
+def embedding_dropout(
+    weight: Tensor, tokens: Tensor, row_scale: Tensor | None, mask: Tensor | None, output: Tensor
+) -> None:
+    """Fill output [..., B, E], not empty, with weight[tokens] * row_scale[tokens] * mask."""
+    with _on_device_of(output):
+        _family("embedding_dropout").forward(weight, tokens, row_scale, mask, output)
+
+
+def embedding_dropout_backward(
+    grad: Tensor,
+    tokens: Tensor,
+    words: int,
+    row_scale: Tensor | None,
+    mask: Tensor | None,
+    scaled: Tensor,
+    known: Tensor,
+) -> None:
+    """Fill scaled with grad * mask * row_scale[tokens] and known with tokens that are words.
+
+    Where a token is none, scaled is 0. Neither is empty; ``words`` is their number.
+    """
+    with _on_device_of(scaled):
+        _family("embedding_dropout").backward(grad, tokens, words, row_scale, mask, scaled, known)

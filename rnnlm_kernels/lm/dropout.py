@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import rnnlm_kernels
+
 
 def kept(shape: tuple[int, ...], p: float, like: Tensor) -> Tensor:
     """A fresh mask: 0 with probability ``p``, else ``1 / (1 - p)``."""
@@ -42,11 +44,23 @@ class LockedDropout(nn.Module):
             x: [T, B, H]; or [N, H] of a packed sequence.
             rows: of a packed sequence: int64 [N], the batch row of each position.
         """
+        mask = self.mask(x.shape[:-1], x.shape[-1], x, rows)
+        return x if mask is None else x * mask
+
+    def mask(
+        self, positions: tuple[int, ...], width: int, like: Tensor, rows: Tensor | None = None
+    ) -> Tensor | None:
+        """A fresh mask of features, [B, width] or packed [N, width]; None: nothing is dropped.
+
+        Args:
+            positions: (T, B), or (N,) of a packed sequence with its ``rows``.
+            like: says dtype and device.
+        """
         if not self.training or self.p == 0.0:
-            return x
+            return None
         if rows is None:
-            return x * kept((1, x.shape[1], x.shape[2]), self.p, x)
-        return x * kept((int(rows.max()) + 1, x.shape[1]), self.p, x)[rows]
+            return kept((positions[-1], width), self.p, like)
+        return kept((int(rows.max()) + 1, width), self.p, like)[rows]
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
@@ -60,21 +74,39 @@ class ElementDropout(nn.Dropout):
         return super().forward(x)
 
 
-def embed_with_dropped_rows(embedding: nn.Embedding, tokens: Tensor, p: float) -> Tensor:
+def embed_with_dropped_rows(
+    embedding: nn.Embedding,
+    tokens: Tensor,
+    p: float,
+    dropout: LockedDropout | ElementDropout | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:
     """Looks tokens up in an embedding of which whole rows (words) are dropped.
 
     A dropped word is zero wherever it stands in ``tokens``. The mask has one value per word of the
-    vocabulary; no copy of the matrix is made.
+    vocabulary; no copy of the matrix is made. It is applied together with a locked ``dropout``, by
+    :func:`rnnlm_kernels.embedding_dropout`.
 
     Args:
-        embedding: in evaluation nothing is dropped.
-        tokens: int64, any shape.
+        embedding: in evaluation none of its words is dropped.
+        tokens: int64 [T, B], or [N] of a packed sequence; any shape without ``dropout``.
         p: probability of dropping a word.
+        dropout: what drops features of the vectors, if anything does.
+        rows: of a packed sequence: int64 [N], the batch row of each position.
     """
-    vectors = embedding(tokens)
-    if not embedding.training or p == 0.0:
+    weight = embedding.weight
+    row_scale = mask = None
+    if embedding.training and p > 0.0:
+        row_scale = kept((embedding.num_embeddings,), p, weight)
+    if isinstance(dropout, LockedDropout):
+        mask = dropout.mask(tokens.shape, embedding.embedding_dim, weight, rows)
+    if row_scale is None and mask is None:
+        vectors = embedding(tokens)
+    else:
+        vectors = rnnlm_kernels.embedding_dropout(tokens, weight, row_scale=row_scale, mask=mask)
+    if dropout is None or mask is not None:
         return vectors
-    return vectors * kept((embedding.num_embeddings, 1), p, embedding.weight)[tokens]
+    return dropout(vectors, rows)
 
 
 def call_with_dropped_weights(layer: nn.Module, p: float, *inputs: Any) -> Any:

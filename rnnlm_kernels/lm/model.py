@@ -248,8 +248,9 @@ class RNNLanguageModel(nn.Module):
         rows = None if packed is None else packed_rows(packed)
         numbers = tokens if isinstance(tokens, Tensor) else tokens.data
         config = self.config
-        dropped = embed_with_dropped_rows(self.embedding, numbers, config.dropout_embedding)
-        dropped = self.dropout_input(dropped, rows)
+        dropped = embed_with_dropped_rows(
+            self.embedding, numbers, config.dropout_embedding, self.dropout_input, rows
+        )
         raw = dropped
         following: State = []
         for index, layer in enumerate(self.layers):

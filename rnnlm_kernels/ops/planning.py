@@ -92,12 +92,16 @@ def nobody_watches(*tensors: Tensor | None) -> bool:
     the call: no compiler, tracer, profiler, dispatch mode or tensor subclass. (Functional
     transforms and forward-mode AD never come here: see :func:`must_be_plain`.)
     """
+    return nobody_intercepts(*tensors) and not torch._C._autograd._profiler_enabled()
+
+
+def nobody_intercepts(*tensors: Tensor | None) -> bool:
+    """Whether kernels see ``tensors`` as they are; a profiler changes nothing about that."""
     return (
         not torch.compiler.is_compiling()
         and PLAIN.issuperset(map(type, tensors))
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._get_tracing_state() is None
-        and not torch._C._autograd._profiler_enabled()
     )
 
 
