@@ -1,6 +1,6 @@
 """Print the README's tables from result files: geometric means of torch's time over ours.
 
-python benchmarks/readme_table.py benchmarks/results/<machine>/default.json
+python benchmarks/readme_table.py benchmarks/results/<machine>/full.json
 python benchmarks/readme_table.py benchmarks/results/gpu-<name>/gpu.json
 python benchmarks/readme_table.py        the table for GPUs as long as none has been measured
 """

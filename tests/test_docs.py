@@ -78,14 +78,18 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_readme_table_is_the_committed_result() -> None:
     """No figure in the README but what a result file holds."""
-    (target,) = re.findall(
-        r"\]\((benchmarks/results/[^)]+)\.png\)", (ROOT / "README.md").read_text()
-    )
+    readme = (ROOT / "README.md").read_text("utf-8")
     script = runpy.run_path(str(ROOT / "benchmarks" / "readme_table.py"))
-    results = json.loads((ROOT / f"{target}.json").read_text("utf-8"))
-    assert script["table"](results) in (ROOT / "README.md").read_text("utf-8")
-    assert results["complete"]
-    assert not results["commit"]["modified"]
+    shown = set(
+        re.findall(r"\]\((benchmarks/results/[^)]+/(?:default|full))\.(?:png|md)\)", readme)
+    )
+    results = {name.split("/")[-1]: ROOT / f"{name}.json" for name in shown}
+    assert results.keys() == {"default", "full"}
+    for file in results.values():
+        result = json.loads(file.read_text("utf-8"))
+        assert result["complete"]
+        assert not result["commit"]["modified"]
+    assert script["table"](json.loads(results["full"].read_text("utf-8"))) in readme
 
 
 def test_readme_claims_of_a_gpu_only_what_was_measured_on_one() -> None:

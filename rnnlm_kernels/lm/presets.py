@@ -94,7 +94,7 @@ PRESETS: dict[str, Preset] = {
         "char",
         {"emb": 64, "hidden": 512, "layers": 2, "dropout": 0.25, "tied": False},
         {
-            "batch": 64,
+            "batch": 32,
             "bptt": 128,
             "lr": 2e-3,
             "schedule": "cosine",
