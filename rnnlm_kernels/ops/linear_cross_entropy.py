@@ -29,9 +29,9 @@ from torch import Tensor
 from .. import backends, dispatch
 from .planning import must_be_plain, nobody_watches
 
-# Rows of a chunk: GEMMs on fewer are slower, and on more the logits leave the cache. 16-bit
-# dtypes take twice as many.
-ROWS = 320
+# Rows of a chunk: GEMMs on fewer are slower; of more the logits leave the cache, and the memory is
+# more than a quarter of the unfused head's. 16-bit dtypes take four times as many.
+ROWS = 160
 # Small vocabularies: as many rows as have logits of this size. Cutting them gains nothing.
 SMALL_BYTES = 4 << 20
 # Chunks whose weight gradients bfloat16 adds up before the sum goes to float32: four roundings of
@@ -65,7 +65,7 @@ def chunk_rows(rows: int, classes: int, itemsize: int, device_type: str) -> int:
     """How many rows are taken at a time: chosen by the size of their logits, in equal shares."""
     if device_type == "cpu":
         # A quarter, so that few rows are less memory too.
-        most = min(ROWS * (2 if itemsize == 2 else 1), max(FEWEST_ROWS, -(-rows // 4)))
+        most = min(ROWS * (4 if itemsize == 2 else 1), max(FEWEST_ROWS, -(-rows // 4)))
         most = max(most, SMALL_BYTES // (classes * itemsize))
         size, fewest = CHUNK_BYTES, FEWEST_ROWS
     else:
