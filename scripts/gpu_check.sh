@@ -166,8 +166,9 @@ if stage build 200 bash -c build; then
   if [[ -z $dry ]]; then
     stage tests 120 "$python" -m pytest -m gpu -q -p no:cacheprovider tests
     stage check 70 bash -c check
-    # The rest, less what the stages behind it need.
+    # The rest, less what the stages behind it need; but the grid goes before them.
     budget=$(($(left) - 215))
+    ((budget < 100)) && budget=100
     ((budget > 220)) && budget=220
     stage bench $((budget + 20)) "$python" -m rnnlm_kernels bench --grid gpu --device cuda --backend cuda --budget 0.1 \
       --check-steps 128 --budget-seconds $((budget > 0 ? budget : 0)) --out "$out"

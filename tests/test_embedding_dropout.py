@@ -6,12 +6,6 @@ interpreter, and compiled without a GPU.
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import platform
-import subprocess
-import sys
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from triton_compiled import needs_compiler, run_uninterpreted
 from triton_interpreted import interpreted, needs_triton
 
 from rnnlm_kernels import BackendError, embedding_dropout
@@ -399,44 +394,25 @@ def test_the_environment_can_ask_for_pytorchs_operations(monkeypatch: pytest.Mon
 # --- the kernels as compiled ----------------------------------------------------------------------
 
 COMPILES = """
-import json, sys, torch, triton
-from unittest import mock
-from triton.backends.compiler import GPUTarget
-from triton_compiled import TARGETS, _Caught, _resources, _source
+import torch
+from triton_compiled import caught, compile_launches
 from rnnlm_kernels.triton import embedding_dropout as family
 found = []
-for name in ("sm_80", "sm_90", "sm_100"):
+for target in ("sm_80", "sm_90", "sm_100"):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        launches = []
-        kernels = ("gather_vectors", "scale_gradient")
-        caught = {k: _Caught(getattr(family, k), launches) for k in kernels}
         tokens = torch.zeros(5, 3, dtype=torch.int64)
         weight, output = torch.empty(9, 401, dtype=dtype), torch.empty(5, 3, 401, dtype=dtype)
         row_scale, mask = torch.empty(9, dtype=dtype), torch.empty(3, 401, dtype=dtype)
-        with mock.patch.multiple(family, **caught):
+        with caught(family) as launches:
             family.forward(weight, tokens, row_scale, mask, output)
             family.backward(output, tokens, 9, row_scale, mask, output, tokens)
-        for kernel, args, options in launches:
-            source, options = _source(kernel, args, options)
-            made = triton.compile(source, target=GPUTarget(*TARGETS[name][0]), options=options)
-            found.append({"target": name, "dtype": str(dtype), "kernel": source.name,
-                          **_resources(made.asm["cubin"])})
-print(json.dumps(found))
+        found += compile_launches(launches, target)
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
-@pytest.mark.skipif(
-    sys.platform != "linux" or platform.machine() != "x86_64", reason="no compiler in it"
-)
+@needs_compiler
 def test_the_kernels_compile_for_gpus_without_spills() -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), *sys.path])
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILES], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    kernels = json.loads(done.stdout.splitlines()[-1])
+    kernels = run_uninterpreted(COMPILES)
     assert len(kernels) == 18
     for kernel in kernels:
         assert kernel["stack"] == kernel["local"] == 0, kernel

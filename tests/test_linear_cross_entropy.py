@@ -7,10 +7,6 @@ twice as far from it as the same expression of torch in that dtype.
 from __future__ import annotations
 
 import gc
-import importlib.util
-import json
-import os
-import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +20,7 @@ from recurrence_cases import ISAS, NATIVE, run_under_isa
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from triton_compiled import needs_compiler, run_uninterpreted
 from triton_interpreted import interpreted, needs_triton
 
 import rnnlm_kernels
@@ -600,43 +597,25 @@ def test_a_target_that_is_no_class_makes_a_kernels_loss_nan() -> None:
 
 
 COMPILES = """
-import json, sys, torch, triton
-from unittest import mock
-from triton.backends.compiler import GPUTarget
-from triton_compiled import TARGETS, _Caught, _resources, _source
+import torch
+from triton_compiled import caught, compile_launches
 from rnnlm_kernels.triton import linear_cross_entropy as head
 found = []
-for name in ("sm_80", "sm_90", "sm_100"):
+for target in ("sm_80", "sm_90", "sm_100"):
     for dtype in (torch.float32, torch.bfloat16):
         for classes in (100, 33278):
-            launches = []
-            caught = _Caught(head.cross_entropy_rows, launches)
-            with mock.patch.object(head, "cross_entropy_rows", caught):
+            with caught(head) as launches:
                 head.cross_entropy(
                     torch.empty(2, classes, dtype=dtype), torch.empty(classes, dtype=dtype),
                     torch.zeros(2, dtype=torch.int64), torch.empty(classes), 1.0, -100, 0.1,
                     torch.empty(2), True, torch.empty(2), None)
-            (kernel, args, options), = launches
-            source, options = _source(kernel, args, options)
-            made = triton.compile(source, target=GPUTarget(*TARGETS[name][0]), options=options)
-            found.append({"target": name, "dtype": str(dtype), "classes": classes,
-                          "shared": made.metadata.shared, **_resources(made.asm["cubin"])})
-print(json.dumps(found))
+            found += compile_launches(launches, target)
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
-@pytest.mark.skipif(
-    sys.platform != "linux" or platform.machine() != "x86_64", reason="no compiler in it"
-)
+@needs_compiler
 def test_the_kernel_compiles_for_gpus_without_spills() -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), *sys.path])
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILES], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    kernels = json.loads(done.stdout.splitlines()[-1])
+    kernels = run_uninterpreted(COMPILES)
     assert len(kernels) == 12
     for kernel in kernels:
         assert kernel["stack"] == kernel["local"] == 0, kernel

@@ -6,20 +6,12 @@ The launches are those of the backend, so what is compiled is what would run (tr
 from __future__ import annotations
 
 import functools
-import importlib.util
-import platform
-import sys
 from typing import Any
 
 import pytest
-from triton_compiled import compiled
+from triton_compiled import compiled, needs_compiler
 
-pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton"),
-    pytest.mark.skipif(
-        sys.platform != "linux" or platform.machine() != "x86_64", reason="no compiler in it"
-    ),
-]
+pytestmark = needs_compiler
 
 CELLS = ("lstm", "gru", "gru-before")
 # Forward and backward of a layer, by what decides the tile: a few rows, and many.

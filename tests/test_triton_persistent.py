@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from recurrence_cases import DTYPES, VARIANTS, assert_near_oracle, layer
-from triton_compiled import TARGETS, compiled
+from triton_compiled import TARGETS, compiled, needs_compiler
 from triton_interpreted import interpreted, interpreter, needs_triton
 
 from rnnlm_kernels import check
@@ -280,6 +280,7 @@ def _problems() -> Iterator[dict[str, Any]]:
                 yield {**sizes, "target": target, "kernel": "persistent", "backward": False}
 
 
+@needs_compiler
 @pytest.mark.slow
 @compiles
 def test_weights_and_gates_stay_in_registers() -> None:

@@ -22,7 +22,7 @@ from recurrence_cases import (
     results_and_gradients,
 )
 from torch import Tensor
-from triton_compiled import TARGETS, compiled
+from triton_compiled import TARGETS, compiled, needs_compiler
 from triton_interpreted import interpreted, needs_triton
 
 from rnnlm_kernels import check
@@ -319,6 +319,7 @@ def _kernels() -> list[dict[str, Any]]:
     return compiled(*_problems())
 
 
+@needs_compiler
 @pytest.mark.slow
 @compiles
 @pytest.mark.parametrize("target", TARGETS)

@@ -4,28 +4,51 @@
 
 prints what the compiler made of every kernel that these layers launch, forward and backward, as
 JSON. The host code runs as ever, on tensors of the CPU; only its launches are caught. Triton must
-not interpret here, so this is a process of its own; tests call :func:`compiled`.
+not interpret here, so this is a process of its own; tests call :func:`compiled`, or, for kernels
+that are no layer's, :func:`run_uninterpreted` with code that uses :func:`caught` and
+:func:`compile_launches`.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 
 from rnnlm_kernels import ops
 from rnnlm_kernels.backends import triton as backend
 from rnnlm_kernels.triton.launch import Limits
+
+
+def _obstacle() -> str:
+    """Why nothing can be compiled here, or ""."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return "triton brings its compilers for Linux on x86-64"
+    version = importlib.metadata.version("triton")
+    if tuple(map(int, version.split(".")[:2])) < (3, 3):
+        return f"triton {version} wants to be told of alignment in another way; 3.3 is needed"
+    return ""
+
+
+needs_compiler = pytest.mark.skipif(bool(_obstacle()), reason=_obstacle() or "it is here")
 
 # What a layer is launched with, on the smallest GPU of an architecture that there is.
 TARGETS = {
@@ -51,17 +74,27 @@ def compiled(*problems: dict[str, Any], timeout: float = 600) -> list[dict[str, 
             wanted, ``kernel`` (value of RNNLM_TRITON_KERNEL), ``tf32``, ``proj``, ``backward``
             (False: forward alone).
     """
+    found: list[dict[str, Any]] = _elsewhere(__file__, json.dumps(problems), timeout=timeout)
+    return found
+
+
+def run_uninterpreted(code: str) -> Any:
+    """What ``code`` puts into its variable ``found``, run in a process that does not interpret."""
+    return _elsewhere("-c", f"{code}\nimport json\nprint(json.dumps(found))")
+
+
+def _elsewhere(*arguments: str, timeout: float = 600) -> Any:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), *sys.path])
     done = subprocess.run(
-        [sys.executable, __file__, json.dumps(problems)],
+        [sys.executable, *arguments],
         env=environment,
         capture_output=True,
         text=True,
         timeout=timeout,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 class _Caught:
@@ -74,13 +107,24 @@ class _Caught:
         return lambda *args, **options: self.launches.append((self.kernel, args, options))
 
 
-def _launches(problem: dict[str, Any], limits: Limits) -> list[Any]:
-    """Every launch of a layer's forward and backward, (kernel, arguments, options) each."""
+@contextmanager
+def caught(*families: ModuleType) -> Iterator[list[Any]]:
+    """Yields a list that gets every launch from these modules: (kernel, arguments, options)."""
     from triton.runtime import JITFunction
 
+    launches: list[Any] = []
+    with ExitStack() as stack:
+        for family in families:
+            kernels = {n: k for n, k in vars(family).items() if isinstance(k, JITFunction)}
+            instead = {name: _Caught(kernel, launches) for name, kernel in kernels.items()}
+            stack.enter_context(mock.patch.multiple(family, **instead))
+        yield launches
+
+
+def _launches(problem: dict[str, Any], limits: Limits) -> list[Any]:
+    """Every launch of a layer's forward and backward."""
     name, dtype = problem["cell"], getattr(torch, problem["dtype"])
     families = {backend._family(n) for n in ("stepwise", problem.get("kernel", "stepwise"))}
-    launches: list[Any] = []
     cell, reset = name.split("-")[0], "before" if name.endswith("before") else "after"
     gates, hidden, proj = 4 if cell == "lstm" else 3, problem["hidden"], problem.get("proj", 0)
     width, steps, batch = proj or hidden, 2, problem["batch"]
@@ -93,10 +137,7 @@ def _launches(problem: dict[str, Any], limits: Limits) -> list[Any]:
     biases = [tensor(gates * hidden), tensor(gates * hidden)]
     projection = [tensor(width, hidden)] if proj else []
     with ExitStack() as stack:
-        for family in families:
-            kernels = {n: k for n, k in vars(family).items() if isinstance(k, JITFunction)}
-            caught = {name: _Caught(kernel, launches) for name, kernel in kernels.items()}
-            stack.enter_context(mock.patch.multiple(family, **caught))
+        launches = stack.enter_context(caught(*families))
         named = {backend.ENVIRONMENT: problem.get("kernel", "stepwise")}
         stack.enter_context(mock.patch.dict(os.environ, named))
         stack.enter_context(
@@ -174,26 +215,31 @@ def _products(assembly: str) -> list[str]:
     return sorted(name for text, name in names.items() if re.search(rf"\b{text}", assembly))
 
 
-def _compile(problem: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each kernel once, however many steps launch it."""
+def compile_launches(launches: list[Any], target: str) -> list[dict[str, Any]]:
+    """Compiles each kernel once, however often it was launched.
+
+    Args:
+        launches: of :func:`caught`, outside its block.
+        target: a key of TARGETS.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
 
-    target, limits = TARGETS[problem["target"]]
+    device, limits = TARGETS[target]
     seen, results = set(), []
-    for kernel, args, options in _launches(problem, limits):
+    for kernel, args, options in launches:
         source, compiler_options = _source(kernel, args, options)
         if source.hash() in seen:
             continue
         seen.add(source.hash())
-        made = triton.compile(source, target=GPUTarget(*target), options=compiler_options)
-        if target[0] == "cuda":
+        made = triton.compile(source, target=GPUTarget(*device), options=compiler_options)
+        if device[0] == "cuda":
             resources = _resources(made.asm["cubin"])
         else:
             resources = _amd_resources(made.asm["amdgcn"])
         results.append(
             {
-                **problem,
+                "target": target,
                 "name": source.name,
                 "shared": made.metadata.shared,
                 "may_share": limits.shared_per_block,
@@ -204,6 +250,11 @@ def _compile(problem: dict[str, Any]) -> list[dict[str, Any]]:
             }
         )
     return results
+
+
+def _compile(problem: dict[str, Any]) -> list[dict[str, Any]]:
+    launches = _launches(problem, TARGETS[problem["target"]][1])
+    return [{**problem, **made} for made in compile_launches(launches, problem["target"])]
 
 
 def main() -> None:
