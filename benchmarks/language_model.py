@@ -77,6 +77,7 @@ def recipes(arguments: argparse.Namespace) -> None:
             warmup=100,
             max_steps=arguments.steps,
             eval_every=max(1, arguments.steps // 20),
+            precision=arguments.precision,
             **options,
         )
         model_config = lm.ModelConfig(len(corpus.vocabulary), **(base | model_options))
@@ -262,6 +263,7 @@ def main() -> None:
     each.add_argument("--layers", type=int, default=2)
     each.add_argument("--lr", type=float, default=3e-3)
     each.add_argument("--steps", type=int, default=4000)
+    each.add_argument("--precision", default="float32", choices=["float32", "bf16", "fp16"])
     each.add_argument("--synonyms", type=Path)
     each.add_argument("--out", type=Path, default=Path("runs/recipes"))
     each.set_defaults(run=recipes)
