@@ -12,7 +12,8 @@ folder of its own and resumed where it was interrupted.
 
 ``speed`` trains a model of this package and the same model made of torch.nn.LSTM, torch.nn.Linear
 and cross_entropy in turn, update by update, from the same weights, and compares tokens per second,
-losses, and (each in a process of its own) peak memory.
+losses, and (each in a process of its own) peak memory. Between the updates it times what neither
+can do without: the matrix products alone, each whole, and clipping and SGD.
 """
 
 from __future__ import annotations
@@ -197,6 +198,45 @@ class Contender:
         self.seconds.append(time.perf_counter() - start)
 
 
+class Limit:
+    """What an update cannot do without: its products as single GEMMs, clipping, and SGD."""
+
+    def __init__(self, vocabulary: int, width: int, tokens: int) -> None:
+        torch.manual_seed(2)
+        # Of both layers the input's and the recurrent product; the head.
+        shapes = [(4 * width, width)] * 4 + [(vocabulary, width)]
+        self.products = [
+            (
+                torch.randn(tokens, inputs),
+                torch.randn(outputs, inputs),
+                torch.randn(tokens, outputs),
+            )
+            for outputs, inputs in shapes
+        ]
+        embedding = torch.zeros(vocabulary, width)
+        self.parameters = [
+            nn.Parameter(torch.zeros(shape)) for shape in [*shapes, tuple(embedding.shape)]
+        ]
+        for parameter in self.parameters:
+            parameter.grad = torch.ones_like(parameter)
+        self.optimizer = torch.optim.SGD(self.parameters, lr=1.0)
+        self.seconds: dict[str, list[float]] = {"products": [], "clipping and SGD": []}
+
+    def update(self) -> None:
+        """The products of one update, forward and backward; then the optimiser."""
+        start = time.perf_counter()
+        for x, weight, gradient in self.products:
+            torch.mm(x, weight.t())
+            torch.mm(gradient, weight)
+            torch.mm(gradient.t(), x)
+        products = time.perf_counter()
+        nn.utils.clip_grad_norm_(self.parameters, 0.25)
+        self.optimizer.step()
+        end = time.perf_counter()
+        self.seconds["products"].append(products - start)
+        self.seconds["clipping and SGD"].append(end - products)
+
+
 def _windows(arguments: argparse.Namespace) -> list[tuple[torch.Tensor, torch.Tensor]]:
     # Frequencies like those of words.
     draw = torch.Generator().manual_seed(0)
@@ -213,15 +253,19 @@ def speed(arguments: argparse.Namespace) -> None:
     windows = _windows(arguments)
     kinds = [arguments.only] if arguments.only else ["ours", "torch"]
     contenders = [Contender(kind, arguments.vocabulary, width) for kind in kinds]
+    tokens = arguments.batch * arguments.bptt
+    limit = None if arguments.only else Limit(arguments.vocabulary, width, tokens)
     before = _peak_memory(forget=True)
     for window in windows:
         for contender in contenders:
             contender.update(*window)
+        if limit is not None:
+            limit.update()
     if arguments.only:
         print(_peak_memory() - before)
         return
+    assert limit is not None
     ours, theirs = contenders
-    tokens = arguments.batch * arguments.bptt
     gap = max(abs(a - b) for a, b in zip(ours.losses[:100], theirs.losses[:100], strict=True))
     result = {
         "machine": describe(),
@@ -238,6 +282,11 @@ def speed(arguments: argparse.Namespace) -> None:
         result[f"{contender.kind}: MiB above the model"] = round(int(done.stdout) / 2**20, 1)
     medians = [statistics.median(contender.seconds) for contender in contenders]
     result["ours / torch"] = round(medians[1] / medians[0], 3)
+    least = [(name, statistics.median(seconds)) for name, seconds in limit.seconds.items()]
+    for name, seconds in least:
+        result[f"{name} alone: ms"] = round(1e3 * seconds, 1)
+    result["ms, ours"], result["ms, torch"] = (round(1e3 * median, 1) for median in medians)
+    result["nothing but those / torch"] = round(medians[1] / sum(s for _, s in least), 3)
     print(json.dumps(result, indent=1))
 
 

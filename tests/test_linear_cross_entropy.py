@@ -276,6 +276,18 @@ def test_a_kept_graph_gives_the_same_gradients_again(reduction: str) -> None:
         loss.backward()
 
 
+@every_reduction
+@pytest.mark.parametrize("keep", [True, False], ids=["graph kept", "graph freed"])
+def test_many_upstream_gradients_at_once(reduction: str, keep: bool) -> None:
+    case = Case(20, 4, 9)
+    leaves = [case.x, case.weight, case.bias]
+    loss = case.loss(reduction=reduction, chunk_size=8)
+    upstream = torch.rand(3, *loss.shape)
+    expected = [torch.autograd.grad(loss, leaves, one, retain_graph=True) for one in upstream]
+    found = torch.autograd.grad(loss, leaves, upstream, is_grads_batched=True, retain_graph=keep)
+    torch.testing.assert_close(found, tuple(map(torch.stack, zip(*expected, strict=True))))
+
+
 def test_chunks_change_nothing_but_rounding_and_runs_repeat_bit_by_bit() -> None:
     case = Case(50, 8, 40)
     leaves = [case.x, case.weight, case.bias]

@@ -107,6 +107,18 @@ def test_backward_twice_over_a_retained_graph_gives_the_same(kind):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
+def test_many_gradients_at_once_equal_one_after_the_other(kind):
+    _, ours = pair(kind, num_layers=2, bidirectional=True)
+    x = torch.randn(T, B, IN, dtype=torch.float64, requires_grad=True)
+    output = ours(x)[0]
+    upstream = torch.randn(4, *output.shape, dtype=torch.float64)
+    wanted = [x, *ours.parameters()]
+    found = torch.autograd.grad(output, wanted, upstream, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(output, wanted, one, retain_graph=True) for one in upstream]
+    torch.testing.assert_close(found, tuple(map(torch.stack, zip(*each, strict=True))))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
 def test_no_grad_and_inference_mode_build_no_graph_and_give_the_same_numbers(kind):
     _, layer = pair(kind, num_layers=2)
     x = torch.randn(T, B, IN, dtype=torch.float64)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..backends import triton
-from .planning import must_be_plain, nobody_intercepts
+from .planning import are_batched, must_be_plain, nobody_intercepts
 
 
 def _has_kernel(dtype: torch.dtype, device: torch.device, backend: str | None) -> bool:
@@ -83,9 +83,8 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         tokens, row_scale, mask = ctx.saved_tensors
-        batched = torch._C._functorch.is_legacy_batchedtensor(grad)  # is_grads_batched
         seen = not must_be_plain() and nobody_intercepts(grad, tokens, row_scale, mask)
-        if torch.is_grad_enabled() or batched or not seen:
+        if torch.is_grad_enabled() or are_batched(grad) or not seen:
             return _plain_backward(grad, tokens, ctx.words, row_scale, mask), None, None, None
         if not grad.numel() or not ctx.words:
             return grad.new_zeros((ctx.words, grad.shape[-1])), None, None, None

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends, dispatch
-from .planning import must_be_plain, nobody_watches
+from .planning import are_batched, must_be_plain, nobody_watches
 
 # Rows of a chunk: GEMMs on fewer are slower; of more the logits leave the cache, and the memory is
 # more than a quarter of the unfused head's. 16-bit dtypes take four times as many.
@@ -474,7 +474,7 @@ def _autograd_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor |
         return (None, None, None, *rest)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return (*_differentiable(grad, inputs, ctx.flags[:3], needs), *rest)
-    direct = nobody_watches(grad, *inputs)
+    direct = nobody_watches(grad, *inputs) and not are_batched(grad)
     if reduction == "none" or any(n and not t for n, t in zip(needs, there, strict=True)):
         if reduction != "none":
             if reduction == "mean":

@@ -105,6 +105,14 @@ def nobody_intercepts(*tensors: Tensor | None) -> bool:
     )
 
 
+def are_batched(*grads: Tensor | None) -> bool:
+    """Whether backward got several gradients at once (``is_grads_batched=True``).
+
+    They have no memory of their own; the dispatcher runs an operator on one after the other.
+    """
+    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)
+
+
 PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .derivatives import second_derivative
-from .planning import nobody_watches
+from .planning import are_batched, nobody_watches
 
 _NAMESPACE = "rnnlm_kernels"
 _library = torch.library.Library(_NAMESPACE, "DEF")
@@ -114,7 +114,11 @@ def register(
         if all(g is None for g in incoming[:num_grads]):
             return (None,) * num_inputs + rest
         tensors = ctx.saved_tensors
-        direct = not torch.is_grad_enabled() and nobody_watches(*tensors, *incoming)
+        direct = (
+            not torch.is_grad_enabled()
+            and nobody_watches(*tensors, *incoming)
+            and not are_batched(*incoming)
+        )
         run = backward if direct else backward_op
         found = run(*incoming[:num_grads], *tensors, *ctx.flags, needs)
         wanted = [g if need else None for g, need in zip(found, needs, strict=True)]
