@@ -479,11 +479,15 @@ def test_grids_have_no_twins_and_the_default_is_part_of_the_full_one() -> None:
     assert not {w.shape for w in default} & {"70,80,400,1150", "64,16,1024,1024"}
     gpu = grids.gpu_grid()
     assert len(set(gpu)) == len(gpu)
+    rivals = grids.rivals_grid()
+    assert len(set(rivals)) == len(rivals)
+    assert set(rivals) <= set(full)
 
 
 @pytest.mark.parametrize("target", targets.TARGETS, ids=lambda t: t.title)
 def test_the_grid_of_its_device_speaks_about_every_target(target: targets.Target) -> None:
     grid = grids.gpu_grid() if target.device == "cuda" else grids.default_grid()
+    grid = grids.rivals_grid() if target.rival else grid
     assert any(target.selects(measurement(w)) for w in grid)
 
 

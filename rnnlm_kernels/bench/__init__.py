@@ -1,7 +1,8 @@
 """The benchmark: problems, contenders, interleaved timing, results and their report.
 
-Read in this order: ``workload`` (what is run), ``grids`` (which ones), ``contenders`` (by whom),
-``measure`` (how a number is obtained), ``harness`` (the loop), ``results`` (what is written),
+Read in this order: ``workload`` (what is run), ``grids`` (which ones), ``contenders`` (by whom;
+``onnx_runtime`` is one of them), ``measure`` (how a number is obtained), ``roofline`` (how good it
+could be), ``harness`` (the loop), ``results`` (what is written),
 ``targets`` (what was promised), ``report`` and ``plot`` (what a reader sees). ``tune`` times the
 ways of running a layer against each other.
 

@@ -1,8 +1,10 @@
-"""Who runs a workload: torch's own layer, torch.compile of it, and ours, one per backend."""
+"""Who runs a workload: torch's own layer, torch.compile of it, ONNX Runtime's, and ours, one per
+backend."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -14,14 +16,23 @@ from torch import nn
 
 from ..dispatch import BackendError, backends, can_run, plan
 from ..nn import GRU, LSTM
+from . import onnx_runtime
+from .measure import Step
 from .plain import PlainLayer
 from .workload import Setup, Workload, layer_arguments
 
 TORCH = "torch"
 TORCH_COMPILE = "torch.compile"
 PLAIN = "plain PyTorch"
-RIVALS = (TORCH, TORCH_COMPILE, PLAIN)
+ONNX = "ONNX Runtime"
+RIVALS = (TORCH, TORCH_COMPILE, ONNX, PLAIN)
 DOES_NOT_COMPILE = "does not compile"
+_RECURRENT_OPERATORS = (
+    "aten::lstm",
+    "aten::gru",
+    "aten::mkldnn_rnn_layer",
+    "aten::_cudnn_rnn",
+)
 REFERENCE = "reference"  # our slow backend, which nobody means when asking how fast we are
 
 
@@ -44,6 +55,10 @@ class Contender:
         trusted: what the correctness rule compares with, and so cannot fail it.
         plan: which kernel runs, for the record.
         compile_limit_s: it compiles when it first runs, and may take this long.
+        observed: names, from a step of it, the kernel that runs; takes the place of ``plan``.
+        differentiable: whether it may be asked for gradients.
+        spins: its threads go on running for a while after a call, and are given time to stop before
+            somebody else's time is taken.
     """
 
     name: str
@@ -51,6 +66,9 @@ class Contender:
     trusted: bool = False
     plan: Callable[[Workload], str] = lambda workload: ""
     compile_limit_s: float | None = None
+    observed: Callable[[Step], str] | None = None
+    differentiable: bool = True
+    spins: bool = False
 
 
 def torch_layer(inputs: Setup) -> nn.Module:
@@ -151,17 +169,51 @@ def compiled_torch(limit_s: float) -> Contender:
     """``torch.compile(fullgraph=True)`` of torch's layer.
 
     Dynamo refuses torch's recurrent layers unless told otherwise, and then unrolls a GRU over
-    time, which can take longer than anyone waits.
+    time, which can take longer than anyone waits. An LSTM may end in the operator that torch's own
+    layer calls; the plan tells which.
     """
 
     def build(inputs: Setup) -> nn.Module:
+        from torch._inductor import config as inductor  # takes longer to import than torch
+
         torch._dynamo.reset()  # one workload's guards must not count against the next one
         # Not a `patch` around the call: the layer compiles again whenever a guard fails.
         torch._dynamo.config.allow_rnn = True
+        # Threads would go on compiling after the limit, while others are timed.
+        inductor.compile_threads = 1
         compiled: nn.Module = torch.compile(torch_layer(inputs), fullgraph=True)  # type: ignore[assignment]
         return compiled
 
-    return Contender(TORCH_COMPILE, build, compile_limit_s=limit_s)
+    return Contender(TORCH_COMPILE, build, compile_limit_s=limit_s, observed=recurrent_operators)
+
+
+def recurrent_operators(step: Step) -> str:
+    """Which of torch's recurrent operators a step calls, or that it is unrolled over time.
+
+    Example:
+        >>> layer, x = nn.GRU(2, 2), torch.zeros(3, 1, 2)
+        >>> recurrent_operators(lambda: layer(x))
+        'aten::gru'
+        >>> recurrent_operators(lambda: torch.tanh(x))
+        'unrolled over time'
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it tells stderr that it profiles
+    with torch.autograd.profiler.profile(use_kineto=False) as seen:
+        step()
+    names = [str(event.name) for event in seen.function_events]
+    found = [name for name in dict.fromkeys(names) if name in _RECURRENT_OPERATORS]
+    return ", ".join(found) or "unrolled over time"
+
+
+def onnx_contender() -> Contender:
+    """ONNX Runtime's layer; what it cannot run, it says so about."""
+
+    def build(inputs: Setup) -> nn.Module:
+        if refusal := onnx_runtime.refusal(inputs.workload):
+            raise ContenderError("unsupported", refusal)
+        return onnx_runtime.OnnxLayer(inputs)
+
+    return Contender(ONNX, build, differentiable=False, spins=True)
 
 
 def default_backends() -> list[str]:
@@ -176,6 +228,7 @@ def contenders(
     *,
     compile_torch: bool = False,
     compile_limit_s: float = 60.0,
+    onnx: bool = False,
 ) -> list[Contender]:
     """torch first, then ours.
 
@@ -184,12 +237,15 @@ def contenders(
             reference when there is none.
         compile_torch: add ``torch.compile`` of torch's layer.
         compile_limit_s: time allowed for compiling one workload.
+        onnx: add ONNX Runtime's layer.
 
     """
     names = backend_names or default_backends() or [REFERENCE]
     chosen = [torch_contender(), *(ours(name) for name in names)]
     if compile_torch:
         chosen.insert(1, compiled_torch(compile_limit_s))
+    if onnx:
+        chosen.append(onnx_contender())
     return chosen
 
 

@@ -1,5 +1,5 @@
-"""Which workloads are run: the default grid (under three minutes), the full one, the one for GPUs,
-or your own."""
+"""Which workloads are run: the default grid (under three minutes), the full one, the one for
+further rivals, the one for GPUs, or your own."""
 
 from __future__ import annotations
 
@@ -64,6 +64,12 @@ def full_grid(device: str = "cpu") -> list[Workload]:
     ]
 
 
+def rivals_grid(device: str = "cpu") -> list[Workload]:
+    """The full grid's inference in float32 of layers that ONNX has as well."""
+    chosen = select(full_grid(device), dtypes=["float32"], modes=["inference"], lengths=["dense"])
+    return [workload for workload in chosen if not workload.proj_size]
+
+
 def gpu_grid(device: str = "cuda") -> list[Workload]:
     """Sizes around which kernels for GPUs change their ways, the most telling first.
 
@@ -121,7 +127,7 @@ def gpu_grid(device: str = "cuda") -> list[Workload]:
     ]
 
 
-NAMED = {"default": default_grid, "full": full_grid, "gpu": gpu_grid}
+NAMED = {"default": default_grid, "full": full_grid, "rivals": rivals_grid, "gpu": gpu_grid}
 
 
 def custom_grid(

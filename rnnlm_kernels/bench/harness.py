@@ -16,7 +16,7 @@ from ..check import CheckResult, Judge
 from . import machine
 from .contenders import (
     PLAIN,
-    RIVALS,
+    TORCH,
     TORCH_COMPILE,
     Contender,
     ContenderError,
@@ -32,8 +32,10 @@ from .measure import (
     quantiles,
     saved_for_backward,
     stopwatch_for,
+    wait_for_quiet,
 )
 from .results import FAILED, WRONG, Measurement, Results, fill_ratios
+from .roofline import Roof
 from .workload import Setup, Trial, Workload, captured, flops, precision, setup, trial
 
 log = logging.getLogger("rnnlm_kernels")
@@ -55,7 +57,8 @@ class _Verdicts:
     """Checks each contender once per layer and input, not once per mode or runner.
 
     Workloads that differ in mode only share weights and inputs, so the most demanding check
-    (outputs and all gradients) stands for all of them; inference is not blamed for gradients.
+    (outputs and all gradients) stands for all of them; inference is not blamed for gradients, and
+    who has none is asked for none.
     With ``steps`` a longer sequence is checked over its first steps only.
     """
 
@@ -73,7 +76,8 @@ class _Verdicts:
         family = self._family(workload)
         key = (family, torch.get_num_threads(), contender.name)
         if key not in self._found:
-            judged = family.with_mode("training") if family in self._needs_grad else family
+            grad = contender.differentiable and family in self._needs_grad
+            judged = family.with_mode("training") if grad else family
             # One at a time: an oracle of a large workload holds a lot of memory.
             if self._judge is None or self._judge.workload != judged:
                 self._judge = Judge(judged)
@@ -169,7 +173,8 @@ def _line_up(workload: Workload, contenders: Sequence[Contender]) -> list[Conten
     """Who runs a workload: where torch has no such layer, plain PyTorch stands in as the rival."""
     if rival_of(workload) != PLAIN:
         return list(contenders)
-    return [plain_contender(), *(c for c in contenders if c.name not in RIVALS)]
+    lacking = (TORCH, TORCH_COMPILE, PLAIN)
+    return [plain_contender(), *(c for c in contenders if c.name not in lacking)]
 
 
 def _measure(
@@ -193,7 +198,8 @@ def _measure_now(
     inputs = setup(workload)
     measurements: list[Measurement] = []
     trials: dict[str, Trial] = {}
-    for contender in _line_up(workload, contenders):
+    line_up = _line_up(workload, contenders)
+    for contender in line_up:
         measurement = Measurement(workload, threads, contender.name)
         measurements.append(measurement)
         try:
@@ -208,8 +214,15 @@ def _measure_now(
 
     if trials:
         steps = {name: t.step for name, t in trials.items()}
-        samples = interleave(steps, options, stopwatch=stopwatch_for(workload.device))
+        roof = Roof(workload) if workload.device == "cpu" else None
+        samples = interleave(
+            steps | dict(roof.steps if roof else {}),
+            options,
+            stopwatch=stopwatch_for(workload.device),
+            after={c.name: wait_for_quiet for c in line_up if c.spins},
+        )
         work = flops(workload)
+        least_us, bound = roof.least_us(samples) if roof else (None, "")
         for measurement in measurements:
             if measurement.contender in samples:
                 found = quantiles(samples[measurement.contender])
@@ -218,6 +231,9 @@ def _measure_now(
                 measurement.samples = found.samples
                 measurement.us_per_step = found.median_us / workload.seq_len
                 measurement.gflops = work / found.median_us / 1e3
+                if least_us is not None:
+                    measurement.roof_us, measurement.bound = least_us, bound
+                    measurement.roofline = least_us / found.median_us
                 # Hooks would make a compiled layer compile again, and a graph has its own memory.
                 if measurement.contender != TORCH_COMPILE and workload.runner == "eager":
                     _measure_memory(trials[measurement.contender], inputs, measurement)
@@ -241,6 +257,8 @@ def _admit(
     measurement.plan = contender.plan(workload)
     ready = trial(contender.build(inputs), inputs)
     ready.step()
+    if contender.observed is not None:
+        measurement.plan = contender.observed(ready.step)
     return captured(ready) if workload.runner == "graph" else ready
 
 

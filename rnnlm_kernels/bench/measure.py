@@ -101,6 +101,7 @@ def interleave(
     *,
     stopwatch: Stopwatch | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    after: Mapping[str, Step] | None = None,
 ) -> dict[str, list[float]]:
     """Time several steps in turn; returns each one's samples in seconds per call.
 
@@ -109,7 +110,9 @@ def interleave(
         options: how many samples to take.
         stopwatch: times one run; None for the clock.
         clock: seconds; a test may count instead.
+        after: by contender, what is called, untimed, when it has been called.
     """
+    after = after or {}
 
     def by_clock(run: Step) -> float:
         begin = clock()
@@ -117,7 +120,10 @@ def interleave(
         return clock() - begin
 
     measure = stopwatch or by_clock
-    repeats = {name: _repeats(step, options, measure) for name, step in steps.items()}
+    repeats = {}
+    for name, step in steps.items():
+        repeats[name] = _repeats(step, options, measure)
+        after.get(name, _nothing)()
     samples: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
     # A collection in the middle of a sample would be charged to whoever happens to run.
@@ -137,12 +143,28 @@ def interleave(
                 if repeat > 1:
                     step()  # caches belong to this contender again before its clock starts
                 samples[name].append(measure(_repeated(step, repeat)) / repeat)
+                after.get(name, _nothing)()
             order.reverse()
             rounds += 1
     finally:
         if collecting:
             gc.enable()
     return samples
+
+
+def _nothing() -> None:
+    pass
+
+
+def wait_for_quiet(limit_s: float = 0.25) -> None:
+    """Wait until the threads of this process have stopped looking for work, as a pool's do for a
+    while after its last task (ONNX Runtime's for some 40 ms)."""
+    until = time.perf_counter() + limit_s
+    while time.perf_counter() < until:
+        begin, used = time.perf_counter(), time.process_time()
+        time.sleep(0.002)
+        if time.process_time() - used < 0.1 * (time.perf_counter() - begin):
+            return
 
 
 def _repeated(step: Step, count: int) -> Step:

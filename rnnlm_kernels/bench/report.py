@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..files import write_atomically
-from .contenders import rival_of
+from .contenders import TORCH_COMPILE, rival_of
 from .plot import ratio_plot
-from .results import OK, Group, Measurement, Results, geomeans
+from .results import FURTHER_RIVALS, OK, Group, Measurement, Results, geomeans
 from .targets import judge
 from .workload import SHORT_DTYPES
 
@@ -18,8 +19,10 @@ MIB = 2**20
 _FOOTNOTE = (
     "*Ratio*: the rival's median time over ours, above 1 we are faster. The rival is `torch.nn`; "
     "for `gru-before`, which torch lacks, the equations in plain PyTorch. Times are medians of "
-    "interleaved samples with their 20 % and 80 % quantiles. Shapes are T,B,I,H. How everything "
-    "is measured, and the formula behind GFLOP/s: `docs/benchmarking.md`."
+    "interleaved samples with their 20 % and 80 % quantiles. *Roofline*: the share of the time "
+    "that is needed at the rates measured beside it, of products or of reading the recurrent "
+    "weights once per step. Shapes are T,B,I,H. How everything is measured, and the formula behind "
+    "GFLOP/s: `docs/benchmarking.md`."
 )
 
 
@@ -60,6 +63,8 @@ def to_markdown(results: Results, plot: str | None = None) -> str:
     parts += [
         _section("Goals of this stage", _targets(results)),
         _section("Geometric means", _geomeans(results)),
+        _section("Geometric means against further rivals", _further_rivals(results)),
+        _section("What torch.compile made of torch's layer", _compiled(results)),
         _section("Every problem", _problems(results)),
         _section("Memory of training", _memory(results)),
         _section("Not measured", _unmeasured(results)),
@@ -157,6 +162,11 @@ def format_ratio(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}x"
 
 
+def format_roofline(m: Measurement) -> str:
+    """The fraction, and what bounds the roof."""
+    return "-" if m.roofline is None else f"{m.roofline:.0%} of {m.bound}"
+
+
 def _mib(size: int | None) -> str:
     return "-" if size is None else f"{size / MIB:.1f}"
 
@@ -197,6 +207,26 @@ def _geomeans(results: Results) -> str:
     return _table(("Group", "Backend", "Threads", "Problems", "Ratio"), rows, left=2)
 
 
+def _further_rivals(results: Results) -> str:
+    rows = [
+        (group_name(group), rival, group.contender, str(group.threads), str(n), format_ratio(mean))
+        for rival in FURTHER_RIVALS
+        for group, (mean, n) in geomeans(results.measurements, rival).items()
+    ]
+    return _table(("Group", "Rival", "Backend", "Threads", "Problems", "Ratio"), rows, left=3)
+
+
+def _compiled(results: Results) -> str:
+    """How often the compiled layer ends in an operator that torch's own layer calls as well."""
+    seen = Counter(
+        (m.workload.cell, m.workload.mode, m.plan if m.status == OK else m.status)
+        for m in results.measurements
+        if m.contender == TORCH_COMPILE
+    )
+    rows = [(*key, str(count)) for key, count in seen.items()]
+    return _table(("Cell", "Mode", "It runs", "Measurements"), rows, left=3)
+
+
 def _problems(results: Results) -> str:
     rows = [
         (
@@ -207,12 +237,23 @@ def _problems(results: Results) -> str:
             _with_quantiles(m),
             _three_digits(m.us_per_step or 0.0),
             _three_digits(m.gflops or 0.0),
+            format_roofline(m),
             format_ratio(m.ratio),
         )
         for m in results.measurements
         if m.status == OK
     ]
-    header = ("Problem", "Mode", "Backend", "Threads", "Time", "us/step", "GFLOP/s", "Ratio")
+    header = (
+        "Problem",
+        "Mode",
+        "Backend",
+        "Threads",
+        "Time",
+        "us/step",
+        "GFLOP/s",
+        "Roofline",
+        "Ratio",
+    )
     return _table(header, rows, left=3)
 
 

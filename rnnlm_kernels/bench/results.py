@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_atomically
-from .contenders import rival_of
+from .contenders import ONNX, RIVALS, TORCH_COMPILE, rival_of
 from .workload import Workload
 
 KIND = "rnnlm-kernels benchmark"
@@ -22,6 +22,9 @@ OK = "ok"
 WRONG = "wrong"  # refused: its output or a gradient is not right
 FAILED = "failed"
 UNSUPPORTED = "unsupported"
+
+# Further rivals, and the field that holds a measurement's ratio to each.
+FURTHER_RIVALS = {TORCH_COMPILE: "compile_ratio", ONNX: "onnx_ratio"}
 
 
 @dataclass
@@ -35,6 +38,10 @@ class Measurement:
         ratio: rival's median over ours: above 1 we are faster. None for the rival itself.
         saved_ratio: our saved bytes over the rival's: below 1 we keep less. None likewise.
         peak_ratio: our peak memory over the rival's.
+        compile_ratio, onnx_ratio: ``torch.compile``'s and ONNX Runtime's median over ours.
+        roof_us: the least time that rates measured in the same run allow (:mod:`.roofline`).
+        bound: which of them, ``"products"`` or ``"weights"``.
+        roofline: ``roof_us`` over the median: 1 is as fast as can be.
     """
 
     workload: Workload
@@ -55,6 +62,15 @@ class Measurement:
     ratio: float | None = None
     saved_ratio: float | None = None
     peak_ratio: float | None = None
+    compile_ratio: float | None = None
+    onnx_ratio: float | None = None
+    roof_us: float | None = None
+    bound: str = ""
+    roofline: float | None = None
+
+    def ratio_to(self, rival: str | None) -> float | None:
+        """A rival's median over ours; None stands for the workload's own rival."""
+        return self.ratio if rival is None else getattr(self, FURTHER_RIVALS[rival])
 
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)
@@ -115,6 +131,11 @@ class Results:
             "geomeans": [
                 {**asdict(group), "ratio": mean, "problems": count}
                 for group, (mean, count) in geomeans(self.measurements).items()
+            ],
+            "further_rivals": [
+                {"rival": rival, **asdict(group), "ratio": mean, "problems": count}
+                for rival in FURTHER_RIVALS
+                for group, (mean, count) in geomeans(self.measurements, rival).items()
             ],
             "measurements": [measurement.to_dict() for measurement in self.measurements],
         }
@@ -194,6 +215,13 @@ def fill_ratios(measurements: Iterable[Measurement]) -> None:
             m.saved_ratio = m.saved_bytes / rival.saved_bytes
         if rival.peak_bytes and m.peak_bytes is not None:
             m.peak_ratio = m.peak_bytes / rival.peak_bytes
+    for m in measurements:
+        for name, ratio in FURTHER_RIVALS.items():
+            further = by_key.get((m.workload, m.threads, name))
+            found = None
+            if m.contender not in RIVALS and further and further.median_us and m.median_us:
+                found = further.median_us / m.median_us
+            setattr(m, ratio, found)
 
 
 def geomean(values: Iterable[float]) -> float:
@@ -225,10 +253,18 @@ def group_of(measurement: Measurement) -> Group:
     )
 
 
-def geomeans(measurements: Iterable[Measurement]) -> dict[Group, tuple[float, int]]:
-    """Geometric mean of the ratios of each group, and how many problems it spans."""
+def geomeans(
+    measurements: Iterable[Measurement], rival: str | None = None
+) -> dict[Group, tuple[float, int]]:
+    """Geometric mean of the ratios of each group, and how many problems it spans.
+
+    Args:
+        measurements: of any groups.
+        rival: one of ``FURTHER_RIVALS``; None for each workload's own.
+    """
     ratios: dict[Group, list[float]] = {}
     for measurement in measurements:
-        if measurement.ratio is not None:
-            ratios.setdefault(group_of(measurement), []).append(measurement.ratio)
+        ratio = measurement.ratio_to(rival)
+        if ratio is not None:
+            ratios.setdefault(group_of(measurement), []).append(ratio)
     return {group: (geomean(values), len(values)) for group, values in ratios.items()}

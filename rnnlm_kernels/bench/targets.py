@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from .contenders import REFERENCE, RIVALS
+from .contenders import ONNX, REFERENCE, RIVALS, TORCH_COMPILE
 from .results import WRONG, Measurement, geomean
 
 
@@ -26,6 +26,7 @@ class Target:
         dtypes: any of these; empty for all.
         over: only hidden sizes above this one.
         cudnn_is_persistent: True for the problems that cuDNN runs in one persistent kernel.
+        rival: whose ratios, where it is not the workload's own rival.
     """
 
     title: str
@@ -40,6 +41,7 @@ class Target:
     dtypes: tuple[str, ...] = ()
     over: int = 0
     cudnn_is_persistent: bool | None = None
+    rival: str | None = None
 
     @property
     def at_most(self) -> bool:
@@ -166,6 +168,17 @@ TARGETS = (
         "training",
         projection=False,
     ),
+    *(
+        Target(
+            f"Against {rival}, float32 inference, mean",
+            "geomean",
+            1.0,
+            dtype="float32",
+            mode="inference",
+            rival=rival,
+        )
+        for rival in (TORCH_COMPILE, ONNX)
+    ),
     *_gpu_targets(),
 )
 
@@ -174,16 +187,20 @@ def judge(measurements: Sequence[Measurement]) -> list[Verdict]:
     """Hold every target against every fused contender and thread count of a run.
 
     A measurement that was refused because it was wrong fails its target. A target that nothing in
-    the run speaks about gives no verdict.
+    the run speaks about gives no verdict, nor does one against a rival that did not run.
     """
     racers = [m for m in measurements if m.contender not in (*RIVALS, REFERENCE)]
     verdicts = []
     for target in TARGETS:
+        if target.rival and not any(m.contender == target.rival for m in measurements):
+            continue
         for contender, threads in dict.fromkeys((m.contender, m.threads) for m in racers):
             chosen = [
                 m
                 for m in racers
-                if (m.contender, m.threads) == (contender, threads) and target.selects(m)
+                if (m.contender, m.threads) == (contender, threads)
+                and target.selects(m)
+                and (target.rival is None or m.status == WRONG or m.ratio_to(target.rival))
             ]
             if chosen:
                 verdicts.append(_verdict(target, contender, threads, chosen))
@@ -191,12 +208,12 @@ def judge(measurements: Sequence[Measurement]) -> list[Verdict]:
 
 
 _FIGURES: dict[
-    str, tuple[Callable[[Measurement], float | None], Callable[[list[float]], float]]
+    str, tuple[Callable[[Measurement, Target], float | None], Callable[[list[float]], float]]
 ] = {
-    "geomean": (lambda m: m.ratio, geomean),
-    "least": (lambda m: m.ratio, min),
-    "most saved": (lambda m: m.saved_ratio, max),
-    "mean peak": (lambda m: m.peak_ratio, geomean),
+    "geomean": (lambda m, target: m.ratio_to(target.rival), geomean),
+    "least": (lambda m, target: m.ratio_to(target.rival), min),
+    "most saved": (lambda m, target: m.saved_ratio, max),
+    "mean peak": (lambda m, target: m.peak_ratio, geomean),
 }
 
 
@@ -204,7 +221,7 @@ def _verdict(
     target: Target, contender: str, threads: int, chosen: Sequence[Measurement]
 ) -> Verdict:
     quantity, summary = _FIGURES[target.figure]
-    values = [value for value in map(quantity, chosen) if value is not None]
+    values = [value for m in chosen if (value := quantity(m, target)) is not None]
     value = summary(values) if values else None
     refused = sum(m.status == WRONG for m in chosen)
     met = False

@@ -16,10 +16,19 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from typer import Argument, Option
 
-from ..bench import grids, harness, machine, report, targets
+from ..bench import grids, harness, machine, onnx_runtime, report, targets
 from ..bench.contenders import RIVALS, contenders, rival_of
 from ..bench.measure import TimingOptions
-from ..bench.results import FAILED, OK, WRONG, Measurement, Results, fill_ratios, geomeans
+from ..bench.results import (
+    FAILED,
+    FURTHER_RIVALS,
+    OK,
+    WRONG,
+    Measurement,
+    Results,
+    fill_ratios,
+    geomeans,
+)
 from ..bench.workload import Workload
 from .arguments import check_backends, check_device, parse_threads
 from .errors import INTERRUPTED, one_line_errors, terminate_as_interrupt
@@ -68,6 +77,9 @@ def bench(
         bool, Option("--compile", help="Also time torch.compile of torch's layer, if it compiles.")
     ] = False,
     compile_limit: Annotated[float, Option(min=1.0, help="Seconds allowed to compile one.")] = 60.0,
+    onnx: Annotated[
+        bool, Option("--onnx", help="Also time ONNX Runtime's layer, if it is installed.")
+    ] = False,
     budget: Annotated[float, Option(min=0.0, help="Seconds of timing for each problem.")] = 3.0,
     samples: Annotated[int, Option(min=0, help="This many samples instead of a budget.")] = 0,
     budget_seconds: Annotated[
@@ -106,7 +118,18 @@ def bench(
     if list_only:
         _list(grid)
         return
-    chosen = contenders(backend, compile_torch=compile_torch, compile_limit_s=compile_limit)
+    stderr = Console(stderr=True)
+    if onnx and (missing := onnx_runtime.missing_packages()):
+        packages = escape("pip install 'rnnlm-kernels[rivals]'")
+        stderr.print(
+            f"[yellow]without ONNX Runtime: {' and '.join(missing)} not installed; "
+            f"{packages} brings what it needs[/yellow]",
+            soft_wrap=True,
+        )
+        onnx = False
+    chosen = contenders(
+        backend, compile_torch=compile_torch, compile_limit_s=compile_limit, onnx=onnx
+    )
     options = TimingOptions(budget_s=budget)
     if torch.device(device).type == "cuda":  # no neighbour's threads to sit out
         options = replace(options, min_sample_s=0.003)
@@ -116,7 +139,8 @@ def bench(
     folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is known now
     results = harness.new_results(command=_command(ctx), grid=name, options=options)
 
-    stderr = Console(stderr=True)
+    if onnx:
+        results.versions |= onnx_runtime.versions()
     if results.disturbed:
         stderr.print(f"[yellow]{report.load_warning(results)}[/yellow]", soft_wrap=True)
     columns = (
@@ -264,7 +288,7 @@ def _show(results: Results) -> None:
     problems = table(
         report.machine_line(results),
         ("problem", "mode", "backend"),
-        ("threads", "rival", "ours", "ratio", "us/step", "GFLOP/s"),
+        ("threads", "rival", "ours", "ratio", "us/step", "GFLOP/s", "roofline"),
     )
     rivals = {
         (m.workload, m.threads): m
@@ -294,6 +318,18 @@ def _show(results: Results) -> None:
     if means.row_count:
         output.print(means)
 
+    further = table(
+        "Geometric means against further rivals (rival's time / ours)",
+        ("group", "rival", "backend"),
+        ("threads", "problems", "ratio"),
+    )
+    for other in FURTHER_RIVALS:
+        for group, (mean, count) in geomeans(results.measurements, other).items():
+            words = (report.group_name(group), other, group.contender, str(group.threads))
+            further.add_row(*words, str(count), _coloured(mean))
+    if further.row_count:
+        output.print(further)
+
     goals = table("Goals of this stage", ("goal", "backend"), ("threads", "wanted", "measured", ""))
     for verdict in targets.judge(results.measurements):
         sign = "<=" if verdict.target.at_most else ">="
@@ -313,7 +349,7 @@ def _cells(m: Measurement, rival: Measurement | None) -> tuple[str, ...]:
     words = (m.workload.label, m.workload.mode, m.contender, str(m.threads))
     rival_time = report.format_time(rival.median_us if rival else None)
     if m.us_per_step is None or m.gflops is None:
-        return (*words, rival_time, f"[red]{m.status}[/red]", "-", "-", "-")
+        return (*words, rival_time, f"[red]{m.status}[/red]", "-", "-", "-", "-")
     return (
         *words,
         rival_time,
@@ -321,6 +357,7 @@ def _cells(m: Measurement, rival: Measurement | None) -> tuple[str, ...]:
         _coloured(m.ratio),
         f"{m.us_per_step:.1f}",
         f"{m.gflops:.1f}",
+        report.format_roofline(m),
     )
 
 
