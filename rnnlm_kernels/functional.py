@@ -39,6 +39,7 @@ def lstm(
     batch_sizes: Tensor | None = None,
     proj_size: int = 0,
     return_cells: bool = False,
+    memory: str = "fast",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Run a stack of LSTM layers over a sequence.
@@ -58,6 +59,9 @@ def lstm(
         batch_sizes: int64 CPU tensor [T]; given exactly when ``input`` is packed.
         proj_size: P of ``w_hr``, 0 without projection.
         return_cells: also return the cell state of every step of the last layer.
+        memory: what is kept between forward and backward, besides the input, the weights and the
+            output. ``"fast"``: the cell state and the gates of every step, 4H values;
+            ``"low"``: the cell state, and backward first rebuilds the gates with two GEMMs.
         backend: see :mod:`rnnlm_kernels.dispatch`.
 
     Returns:
@@ -65,7 +69,8 @@ def lstm(
         [L*D, B, R], ``c_n`` [L*D, B, H], and ``cells`` (shaped as ``output``, D*H wide) or None.
 
     Raises:
-        ValueError: ``input`` and weights differ in dtype, or ``weights`` has the wrong length.
+        ValueError: ``input`` and weights differ in dtype, ``weights`` has the wrong length, or
+            ``memory`` is no policy.
         RuntimeError: an empty sequence, or tensors of different devices or dtypes.
 
     Under ``torch.autocast`` for the input's device, ``input``, states, and weights that are not
@@ -100,6 +105,7 @@ def lstm(
                 batch_sizes=batch_sizes,
                 proj_size=proj_size,
                 return_cells=return_cells,
+                memory=memory,
                 backend=backend,
             )
 
@@ -150,6 +156,7 @@ def lstm(
                 batch_sizes,
                 reverse=i != index,
                 return_cells=return_cells and index == last,
+                memory=memory,
                 backend=backend,
             )
             outputs.append(output)
@@ -182,6 +189,7 @@ def gru(
     training: bool = False,
     batch_sizes: Tensor | None = None,
     reset: str = "after",
+    memory: str = "fast",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run a stack of GRU layers over a sequence.
@@ -194,6 +202,8 @@ def gru(
             [3H, I or D*H], ``w_hh`` [3H, H], ``b_ih`` and ``b_hh`` [3H], and None.
         reset: "after" applies the reset gate to ``W_hn h + b_hn`` (PyTorch, cuDNN), "before"
             applies it to ``h`` (Cho et al. 2014, https://arxiv.org/abs/1406.1078).
+        memory: ``"fast"`` keeps 4H values a step for backward (3H with ``reset="before"``),
+            ``"low"`` none but the output; see :func:`lstm`.
         num_layers, has_biases, bidirectional, batch_first, dropout, training, batch_sizes,
             backend: as for :func:`lstm`.
 
@@ -202,7 +212,8 @@ def gru(
         [L*D, B, H].
 
     Raises:
-        ValueError: ``input`` and weights differ in dtype, or ``weights`` has the wrong length.
+        ValueError: ``input`` and weights differ in dtype, ``weights`` has the wrong length, or
+            ``memory`` is no policy.
         RuntimeError: an empty sequence, or tensors of different devices or dtypes.
 
     Autocast acts as for :func:`lstm`.
@@ -233,6 +244,7 @@ def gru(
                 training=training,
                 batch_sizes=batch_sizes,
                 reset=reset,
+                memory=memory,
                 backend=backend,
             )
 
@@ -271,6 +283,7 @@ def gru(
                 batch_sizes,
                 reset=reset,
                 reverse=i != index,
+                memory=memory,
                 backend=backend,
             )
             outputs.append(output)

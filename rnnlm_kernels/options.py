@@ -8,6 +8,16 @@ import torch
 
 CELLS = ("lstm", "gru")
 RESETS = ("after", "before")
+# What a layer keeps for backward: all that makes it fastest, or no gates, which it then rebuilds.
+# The operators' business: a backend is asked to save or not, and gets what it saves.
+MEMORY_POLICIES = ("fast", "low")
+
+
+def checked_memory(memory: str) -> str:
+    """The argument ``memory``, refused when it names no policy."""
+    if memory not in MEMORY_POLICIES:
+        raise ValueError(f"memory should be one of {MEMORY_POLICIES}, got {memory!r}")
+    return memory
 
 
 @dataclass(frozen=True)
@@ -25,7 +35,6 @@ class RecurrenceOptions:
         layer_norm: normalise the gate pre-activations.
         resets: per-step flags that zero the state before the step.
         lengths: a row's number of valid steps, without packing.
-        memory: ``"default"`` saves what makes backward fastest, ``"low"`` recomputes the gates.
 
     The options after ``return_cells`` are part of the contract but no backend runs them yet;
     :meth:`unsupported` names them, so that every backend refuses them with the same words.
@@ -41,7 +50,6 @@ class RecurrenceOptions:
     layer_norm: bool = False
     resets: bool = False
     lengths: bool = False
-    memory: str = "default"
 
     def __post_init__(self) -> None:
         if self.reset not in RESETS:

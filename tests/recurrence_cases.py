@@ -103,10 +103,12 @@ class Layer:
 
         return function
 
-    def call(self, *tensors: Tensor | None, backend: str | None = None) -> tuple[Tensor, ...]:
+    def call(
+        self, *tensors: Tensor | None, backend: str | None = None, memory: str = "fast"
+    ) -> tuple[Tensor, ...]:
         """Results of the operator, cells included, on these tensors or on its own."""
         given = tensors or self.tensors
-        options = {**self.options, "backend": backend}
+        options = {**self.options, "backend": backend, "memory": memory}
         if self.cell == "lstm":
             return ops.lstm(*given, self.batch_sizes, return_cells=True, **options)
         return ops.gru(*given, self.batch_sizes, **options)
@@ -201,7 +203,9 @@ def results_and_gradients(
     return {**result, **{f"grad {n}": g for n, g in zip(given_names, found, strict=True)}}
 
 
-def assert_near_oracle(given: Layer, dtype: torch.dtype, backend: str = "cpu") -> None:
+def assert_near_oracle(
+    given: Layer, dtype: torch.dtype, backend: str = "cpu", memory: str = "fast"
+) -> None:
     """The operator's results and gradients are as near to the float64 reference as those of the
     reference in the same dtype, give or take a small factor. (In float64 that is the oracle.)
 
@@ -209,7 +213,7 @@ def assert_near_oracle(given: Layer, dtype: torch.dtype, backend: str = "cpu") -
     given = given.to(dtype)
     oracle = results_and_gradients(given.to(torch.float64), given.to(torch.float64).refer)
     plain = results_and_gradients(given, given.refer)
-    found = results_and_gradients(given, lambda *t: given.call(*t, backend=backend))
+    found = results_and_gradients(given, lambda *t: given.call(*t, backend=backend, memory=memory))
     assert found.keys() == oracle.keys()
     eps = torch.finfo(dtype).eps
     for name, exact in oracle.items():

@@ -326,6 +326,23 @@ def test_half_of_the_device_gives_the_same_bits(kind: str, tier: str) -> None:
         assert torch.equal(p.grad, gradient)
 
 
+@needs_emulator
+@every_kind
+def test_the_low_memory_policy_reaches_both_directions(kind: str) -> None:
+    net, x = model(kind, memory="low")
+    found = []
+    for run in (emulated, on_streams):
+        net.zero_grad()
+        with run(sms=4) as device:
+            results = flat(net(x))
+            kept = [node.saved_tensors[-1].numel() for node, _ in results[0].grad_fn.next_functions]
+            torch.autograd.backward(results, [torch.ones_like(t) for t in results])
+        assert kept == [0, 0]  # no gates
+        found.append([*results, *(p.grad for p in net.parameters())])
+    assert len({call.stream for call in device.calls[:2]}) == 2
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 # --- when ----------------------------------------------------------------------------------------
 
 

@@ -24,7 +24,6 @@ NOT_BUILT = {
     "layer_norm": True,
     "resets": True,
     "lengths": True,
-    "memory": "low",
 }
 
 

@@ -52,6 +52,7 @@ def _table(output: str) -> dict[str, list[str]]:
         pytest.param(["--unit", "word", "--layers", "2", "--lr", "0.02"], id="word-lstm"),
         pytest.param(["--unit", "char", "--cell", "gru", "--lr", "0.02"], id="char-gru"),
         pytest.param(["--cell", "gru", "--reset", "before", "--lr", "0.02"], id="gru-before"),
+        pytest.param(["--memory", "low", "--lr", "0.02"], id="low-memory"),
         pytest.param(["--layer", "torch", "--optimizer", "sgd", "--untied"], id="torch-sgd"),
     ],
 )
@@ -163,6 +164,7 @@ def test_unusable_text_is_one_line_and_leaves_nothing(
             id="torch-before",
         ),
         pytest.param(["--layer", "torch", "--backend", "cpu"], "backend", id="torch-backend"),
+        pytest.param(["--layer", "torch", "--memory", "low"], "memory='low'", id="torch-memory"),
         pytest.param(["--backend", "abacus"], "abacus", id="unknown-backend"),
     ],
 )

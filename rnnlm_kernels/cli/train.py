@@ -30,6 +30,7 @@ Cell = Literal["lstm", "gru"]
 Reset = Literal["after", "before"]
 Head = Literal["linear", "adaptive"]
 Layer = Literal["ours", "torch", "both"]
+Memory = Literal["fast", "low"]
 Optimizer = Literal["adam", "adamw", "sgd"]
 Schedule = Literal["plateau", "step", "cosine", "constant"]
 Precision = Literal["float32", "bf16", "fp16"]
@@ -342,6 +343,10 @@ def train(
         _option("Our layers, torch's, or both in turn from the same start.", RUN, "ours"),
     ] = "ours",
     backend: Annotated[str | None, _option("Backend of our layers.", RUN, "automatic")] = None,
+    memory: Annotated[
+        Memory | None,
+        _option("Whether our layers keep the gates for backward or rebuild them.", RUN, "fast"),
+    ] = None,
 ) -> None:
     """Trains an LSTM or GRU language model on a text.
 
@@ -464,8 +469,9 @@ def _start(
         models = {}
         chosen = {key: values[key] for key in MODEL_FIELDS if key in values}
         for kind in kinds:
-            # In a comparison --backend speaks of our half only.
-            own = {"backend": None} if kind == "torch" and len(kinds) > 1 else {}
+            # In a comparison --backend and --memory speak of our half only.
+            compared = kind == "torch" and len(kinds) > 1
+            own = {"backend": None, "memory": "fast"} if compared else {}
             config = lm.ModelConfig(len(corpus.vocabulary), **(chosen | own | {"layer": kind}))
             models[kind] = lm.RNNLanguageModel(config, seed=train_config.seed)
             models[kind].to(options["device"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,8 @@ class ModelConfig:
         layer: ``"ours"``: :class:`rnnlm_kernels.LSTM` / :class:`rnnlm_kernels.GRU`; ``"torch"``:
             the layers of ``torch.nn``. The parameters have the same names, shapes and first values.
         backend: backend of our layers, None for the automatic choice.
+        memory: ``"low"``: our layers keep no gates for backward and rebuild them; see
+            :class:`rnnlm_kernels.LSTM`.
 
     Raises:
         ValueError: a value out of range, or a combination that does not exist.
@@ -86,6 +88,7 @@ class ModelConfig:
     init: float | None = None
     layer: LayerKind = "ours"
     backend: str | None = None
+    memory: Literal["fast", "low"] = "fast"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cutoffs", tuple(self.cutoffs))
@@ -114,6 +117,7 @@ class ModelConfig:
             ("reset", ("after", "before")),
             ("head", ("linear", "adaptive")),
             ("layer", ("ours", "torch")),
+            ("memory", ("fast", "low")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
@@ -138,6 +142,8 @@ class ModelConfig:
             raise ValueError(
                 "backend chooses among our kernels; it has no meaning with layer='torch'"
             )
+        if self.memory == "low" and self.layer == "torch":
+            raise ValueError("torch.nn has no memory='low'; only layer='ours' does")
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -149,9 +155,10 @@ def _recurrent_layer(config: ModelConfig, input_size: int, width: int) -> nn.Mod
     if config.layer == "torch":
         kind = nn.LSTM if config.cell == "lstm" else nn.GRU
         return kind(input_size, width)
+    how: dict[str, Any] = {"backend": config.backend, "memory": config.memory}
     if config.cell == "lstm":
-        return rnnlm_kernels.LSTM(input_size, width, backend=config.backend)
-    return rnnlm_kernels.GRU(input_size, width, reset=config.reset, backend=config.backend)
+        return rnnlm_kernels.LSTM(input_size, width, **how)
+    return rnnlm_kernels.GRU(input_size, width, reset=config.reset, **how)
 
 
 @dataclass(frozen=True)

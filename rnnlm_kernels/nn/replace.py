@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from ..options import checked_memory
 from .cells import GRUCell, LSTMCell
 from .rnn import GRU, LSTM, NO_PROJECTION, checked_backend
 
@@ -69,7 +70,12 @@ class Report:
         return "\n".join(map(str, (*self.swapped, *self.skipped))) or "no recurrent module found"
 
 
-def replace(model: torch.nn.Module, *, backend: str | None = None) -> Report:
+def replace(
+    model: torch.nn.Module,
+    *,
+    backend: str | None = None,
+    memory: Literal["fast", "low"] = "fast",
+) -> Report:
     """Turn every torch LSTM, GRU, LSTMCell, and GRUCell inside a model into ours.
 
     The module objects stay, and with them their parameters, hooks, names, training flag, and
@@ -83,12 +89,14 @@ def replace(model: torch.nn.Module, *, backend: str | None = None) -> Report:
     Args:
         model: any module, also a recurrent one itself.
         backend: given to every replaced module; see :class:`rnnlm_kernels.LSTM`.
+        memory: given to every replaced layer (a cell keeps one step); see there.
 
     Returns:
         A :class:`Report`: what changed, what did not and why; false when nothing changed.
 
     Raises:
         BackendError: no backend is called ``backend``.
+        ValueError: no policy is called ``memory``.
 
     Example:
         >>> import torch
@@ -97,6 +105,7 @@ def replace(model: torch.nn.Module, *, backend: str | None = None) -> Report:
         rnn: torch.nn.LSTM(4, 8) -> rnnlm_kernels.LSTM(4, 8)
     """
     checked_backend(backend)
+    checked_memory(memory)
     swapped, skipped = [], []
     for module, name in _named(model):
         if type(module) in _TORCHS or not isinstance(
@@ -114,6 +123,8 @@ def replace(model: torch.nn.Module, *, backend: str | None = None) -> Report:
         setattr(module, _MARK, True)
         if backend is not None:
             module.backend = backend
+        if memory != "fast" and isinstance(module, (LSTM, GRU)):
+            module.memory = memory
         swapped.append(Swap(name, before, _described(module)))
     return Report(model, tuple(swapped), tuple(skipped))
 
@@ -147,7 +158,7 @@ def restore(model: torch.nn.Module) -> Report:
             skipped.append(Skipped(name, before, reason))
             continue
         module.__class__ = _TORCHS[type(module)]
-        for attribute in (_MARK, "backend", *_OWN_OPTIONS):
+        for attribute in (_MARK, "backend", "memory", *_OWN_OPTIONS):
             module.__dict__.pop(attribute, None)
         if isinstance(module, torch.nn.RNNBase):
             module._init_flat_weights()

@@ -7,7 +7,7 @@ Both inherit from :class:`torch.nn.RNNBase`, so constructor checks, parameters, 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .. import functional
 from ..dispatch import requested
 from ..functional import LayerWeights
-from ..options import RESETS, Problem, RecurrenceOptions
+from ..options import RESETS, Problem, RecurrenceOptions, checked_memory
 
 NO_PROJECTION = "proj_size argument is only supported for LSTM, not RNN or GRU"
 
@@ -36,6 +36,7 @@ class _Layers(torch.nn.RNNBase):
 
     # On the class, so that objects swapped in by ``replace`` or pickled earlier have it too.
     backend: str | None = None
+    memory: str = "fast"
 
     __prepare_scriptable__ = refuse_scripting
 
@@ -155,6 +156,8 @@ class _Layers(torch.nn.RNNBase):
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
+        if self.memory != "fast":
+            text += f", memory={self.memory!r}"
         return text if self.backend is None else f"{text}, backend={self.backend!r}"
 
 
@@ -174,6 +177,8 @@ class LSTM(_Layers):
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
             device, dtype: as for ``torch.nn.LSTM``.
         backend: who computes: a name, ``"auto"``, or None for ``RNNLM_BACKEND`` and then the best.
+        memory: ``"fast"`` keeps the gates of every step for backward, 4H values; ``"low"`` keeps
+            only h and c, and backward first rebuilds the gates. See docs/training.md.
         return_cells: also return the last layer's cell state of every step.
 
     Inputs:
@@ -220,6 +225,7 @@ class LSTM(_Layers):
         dtype: torch.dtype | None = None,
         *,
         backend: str | None = None,
+        memory: Literal["fast", "low"] = "fast",
         return_cells: bool = False,
     ) -> None:
         super().__init__(
@@ -236,6 +242,7 @@ class LSTM(_Layers):
             dtype,
         )
         self.backend = checked_backend(backend)
+        self.memory = checked_memory(memory)
         self.return_cells = return_cells
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, ...]:
@@ -262,6 +269,7 @@ class LSTM(_Layers):
             batch_sizes=batch_sizes,
             proj_size=self.proj_size,
             return_cells=self.return_cells,
+            memory=self.memory,
             backend=self.backend,
         )
 
@@ -358,6 +366,8 @@ class GRU(_Layers):
             argument of ``torch.nn.GRU``, which accepts a value there and then cannot run.
         reset: ``"after"`` (PyTorch, cuDNN) or ``"before"`` (Cho et al., 2014).
         backend: who computes: a name, ``"auto"``, or None for ``RNNLM_BACKEND`` and then the best.
+        memory: ``"fast"`` keeps the gates of every step for backward, 4H values (3H with
+            ``reset="before"``); ``"low"`` keeps only h, and backward first rebuilds the gates.
 
     Inputs:
         input: ``[T, B, input_size]`` (``[B, T, input_size]`` with ``batch_first``), unbatched
@@ -401,6 +411,7 @@ class GRU(_Layers):
         *,
         reset: str = "after",
         backend: str | None = None,
+        memory: Literal["fast", "low"] = "fast",
     ) -> None:
         if proj_size is not None:
             raise ValueError(NO_PROJECTION)
@@ -418,6 +429,7 @@ class GRU(_Layers):
         )
         self.reset = checked_reset(reset)
         self.backend = checked_backend(backend)
+        self.memory = checked_memory(memory)
 
     def forward(self, input: Tensor | PackedSequence, hx: Tensor | None = None) -> tuple[Any, Any]:
         """Run the layers over a sequence; see the class for shapes."""
@@ -441,6 +453,7 @@ class GRU(_Layers):
             training=self.training,
             batch_sizes=batch_sizes,
             reset=self.reset,
+            memory=self.memory,
             backend=self.backend,
         )
 

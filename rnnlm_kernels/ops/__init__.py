@@ -7,7 +7,7 @@ only the sequential part is handed to a backend. This package alone allocates ou
 tensors and knows about autograd.
 
 Spanning the projection is what lets backward recompute: the input is saved anyway (for the weight
-gradient), so second derivatives and low-memory training need nothing else.
+gradient), so second derivatives and low-memory training (:mod:`.rebuild`) need nothing else.
 
 Second derivatives: the backward operators are differentiable themselves, through the plain PyTorch
 :mod:`rnnlm_kernels.reference`. That code runs only when a second derivative is really taken.
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..options import checked_memory
 from . import gru_layer, lstm_layer
 from .directions import side_by_side as side_by_side
 from .planning import must_be_plain, nobody_watches
@@ -42,6 +43,7 @@ def lstm(
     *,
     reverse: bool = False,
     return_cells: bool = False,
+    memory: str = "fast",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """One LSTM layer in one direction; shapes as in :func:`rnnlm_kernels.reference.lstm`.
@@ -58,6 +60,8 @@ def lstm(
         batch_sizes: int64 ``[T]`` on the CPU, or None for dense input.
         reverse: run from each row's own last step to step 0.
         return_cells: also return the cell state of every step.
+        memory: ``"fast"`` keeps the gates of every step for backward, ``"low"`` only h and c; see
+            :func:`rnnlm_kernels.functional.lstm`.
         backend: name, ``"auto"``, or None (``RNNLM_BACKEND``, then automatic).
 
     Returns:
@@ -74,16 +78,19 @@ def lstm(
         >>> output.shape, cells
         (torch.Size([5, 2, 4]), None)
     """
+    checked_memory(memory)
     if must_be_plain():
         values = lstm_layer.plain(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse)
         output, h_n, c_n, cells = values
         return output, h_n, c_n, (cells if return_cells else None)
-    save = torch.is_grad_enabled() and _will_differentiate(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
+    tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
+    trains = torch.is_grad_enabled() and _will_differentiate(*tensors)
     run: Callable[..., tuple[Any, ...]] = _LSTM
-    if nobody_watches(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr):
-        run = lstm_layer.Eager.apply if save else lstm_layer.forward
+    if nobody_watches(*tensors):
+        run = lstm_layer.Eager.apply if trains else lstm_layer.forward
+    low = trains and memory == "low"
     output, h_n, c_n, cells, _ = run(
-        x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse, save, return_cells, backend
+        *tensors, batch_sizes, reverse, trains and not low, return_cells or low, backend
     )
     return output, h_n, c_n, (cells.to(x.dtype) if return_cells else None)
 
@@ -99,6 +106,7 @@ def gru(
     *,
     reset: str = "after",
     reverse: bool = False,
+    memory: str = "fast",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One GRU layer in one direction; arguments as in :func:`lstm` with 3 gates instead of 4.
@@ -116,20 +124,22 @@ def gru(
         >>> torch.equal(output[-1], h_n)
         True
     """
+    checked_memory(memory)
     if must_be_plain():
         h_n: Tensor
         output, h_n = gru_layer.plain(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse)
         return output, h_n
-    save = torch.is_grad_enabled() and _will_differentiate(x, h0, w_ih, w_hh, b_ih, b_hh)
+    trains = torch.is_grad_enabled() and _will_differentiate(x, h0, w_ih, w_hh, b_ih, b_hh)
     run: Callable[..., tuple[Any, ...]] = _GRU
     if nobody_watches(x, h0, w_ih, w_hh, b_ih, b_hh):
-        run = gru_layer.Eager.apply if save else gru_layer.forward
+        run = gru_layer.Eager.apply if trains else gru_layer.forward
+    save = trains and memory != "low"
     output, h_n, _ = run(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse, save, backend)
     return output, h_n
 
 
 def _will_differentiate(*tensors: Tensor | None) -> bool:
-    """Whether forward should save for backward. (If it does not, backward runs it again.)"""
+    """Whether forward should save for backward. (If it does not, backward has more to do.)"""
     for tensor in tensors:
         if tensor is not None and tensor.requires_grad:
             # What is traced or exported is meant for inference.

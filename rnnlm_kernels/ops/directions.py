@@ -38,14 +38,19 @@ class _Directions:
         self._saves = False
 
     def __call__(
-        self, *tensors: Tensor | None, reverse: bool, backend: str | None, **options: Any
+        self,
+        *tensors: Tensor | None,
+        reverse: bool,
+        memory: str,
+        backend: str | None,
+        **options: Any,
     ) -> tuple[Any, ...]:
         if not reverse:
             self._saves = torch.is_grad_enabled() and any(
                 tensor is not None and tensor.requires_grad for tensor in tensors
             )
             self._pair = self._choose(*tensors, backend=backend, **options)
-        options.update(reverse=reverse, backend=backend)
+        options.update(reverse=reverse, memory=memory, backend=backend)
         if self._pair is None:
             return self._layer(*tensors, **options)
         return self._pair.run(self._layer, *tensors, saves=self._saves, **options)

@@ -22,6 +22,7 @@ from .products import (
     input_gates,
     recurrent_weight_grad,
 )
+from .rebuild import gru_saved
 from .registration import register
 
 plain = with_layer_dimension(reference.gru, states=1)
@@ -107,9 +108,10 @@ def _backward(
         layer = functools.partial(plain, batch_sizes=batch_sizes, reset=reset, reverse=reverse)
         return empty_for_none(x, reference_backward(layer, inputs, (grad_output, grad_h_n), needs))
     if x.size(0) and not saved.numel():
-        # Forward ran without saving (traced or called without grad): run it again.
-        again: Any = forward(*inputs, batch_sizes, reset, reverse, True, backend)
-        output, _, saved = again
+        # Forward did not save: by the policy "low", or not knowing of a backward (traced).
+        saved = gru_saved(
+            *(x, h0.flatten(0, -2), w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse, output)
+        )
     hidden, steps = h0.size(-1), x.shape[:-1]
     of_h = (*steps, hidden)
     check_shapes(
@@ -124,6 +126,10 @@ def _backward(
     candidate = torch.empty_like(output)
     # The last product of the recurrence is for this alone.
     dh0 = empty_contiguous_like(h0) if need_h0 else None
+    need_db = need_b_ih or need_b_hh
+    db: Any = None  # of r, z, n and, for reset-after, of W_hn h + b_hn
+    if need_db and h0.numel() and getattr(module, "SUMS_BIASES", False):
+        db = x.new_empty(((4 if reset == "after" else 3) * hidden,))
     if h0.numel():
         module.gru_backward(
             *contiguous(grad_output, grad_h_n, w_hh, h0, output, saved, batch_sizes),
@@ -131,14 +137,17 @@ def _backward(
             dgates,
             candidate,
             dh0,
+            *([] if db is None else [db]),
         )
     dgates2d, candidate2d = dgates.flatten(0, -2), candidate.flatten(0, -2)
-    db_ih: Any = dgates2d.sum(0) if need_b_ih or need_b_hh else None
+    if need_db and db is None:
+        db = dgates2d.sum(0)
+        if need_b_hh and reset == "after":
+            db = torch.cat([db, candidate2d.sum(0)])
     db_hh = dw_hh = None
     if need_b_hh:
-        db_hh = db_ih.clone()
-        if reset == "after":
-            db_hh[2 * hidden :] = candidate2d.sum(0)
+        # Not a view of what the other bias gets.
+        db_hh = db.clone() if reset == "before" else torch.cat([db[: 2 * hidden], db[3 * hidden :]])
     if need_w_hh:
         dw_hh = empty_contiguous_like(w_hh)
         before = functools.partial(
@@ -156,7 +165,7 @@ def _backward(
             dh0 if need_h0 else None,
             dgates2d.t() @ x.flatten(0, -2) if need_w_ih else None,
             dw_hh,
-            db_ih if need_b_ih else None,
+            db[: 3 * hidden] if need_b_ih else None,
             db_hh,
         ),
     )

@@ -23,6 +23,7 @@ from .products import (
     input_gates,
     recurrent_weight_grad,
 )
+from .rebuild import lstm_saved
 from .registration import register
 
 plain = with_layer_dimension(reference.lstm, states=2)
@@ -158,9 +159,14 @@ def _backward(
             ),
         )
     if x.size(0) and not saved.numel():
-        # Forward ran without saving (traced or called without grad): run it again.
-        again: Any = forward(*inputs, batch_sizes, reverse, True, return_cells, backend)
-        output, _, _, cells, saved = again
+        # Forward did not save: by the policy "low", or not knowing of a backward (traced).
+        if cells.numel():
+            saved = lstm_saved(
+                *(x, h0.flatten(0, -2), w_ih, w_hh, b_ih, b_hh, batch_sizes, reverse, output)
+            )
+        else:  # Nor the cells, and those are made step by step: run it again.
+            again: Any = forward(*inputs, batch_sizes, reverse, True, return_cells, backend)
+            output, _, _, cells, saved = again
     hidden, steps = c0.size(-1), x.shape[:-1]
     of_h, of_c = (*steps, h0.size(-1)), (*steps, hidden)
     check_shapes(
@@ -181,6 +187,10 @@ def _backward(
     # With a projection: the gradient of each step's projected h, and h before the projection.
     dproj: Any = None if w_hr is None else torch.empty_like(output)
     unprojected: Any = None if w_hr is None else x.new_empty((*steps, hidden))
+    need_db = need_b_ih or need_b_hh
+    db: Any = None
+    if need_db and h0.numel() and getattr(module, "SUMS_BIASES", False):
+        db = x.new_empty((4 * hidden,))
     if h0.numel():
         module.lstm_backward(
             *contiguous(grad_output, grad_h_n, grad_c_n, grad_cells, w_hh, w_hr, h0, c0),
@@ -191,13 +201,15 @@ def _backward(
             dc0,
             dproj,
             unprojected,
+            *([] if db is None else [db]),
         )
     dgates2d = dgates.flatten(0, -2)
     dw_hh = None
     if need_w_hh:
         dw_hh = empty_contiguous_like(w_hh)
         recurrent_weight_grad(output, h0.flatten(0, -2), batch_sizes, reverse, dgates, dw_hh)
-    db: Any = dgates2d.sum(0) if need_b_ih or need_b_hh else None
+    if need_db and db is None:
+        db = dgates2d.sum(0)
     return empty_for_none(
         x,
         (

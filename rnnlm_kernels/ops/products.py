@@ -51,16 +51,31 @@ def recurrent_weight_grad(
     out: Tensor,
 ) -> Tensor:
     """``out = sum_t dgates_t^T h_{t-1}``, where the h before a row's first step is ``h0``."""
-    if batch_sizes is not None:
-        before = _packed_previous(output, h0, batch_sizes, reverse)
-        return torch.mm(dgates.t(), before, out=out)
-    first, rest, before = (
-        (dgates[-1], dgates[:-1], output[1:]) if reverse else (dgates[0], dgates[1:], output[:-1])
-    )
-    torch.mm(first.t(), h0, out=out)
-    if rest.size(0):
-        out.addmm_(rest.flatten(0, 1).t(), before.flatten(0, 1))
+    dgates = dgates.flatten(0, -2)
+    (rows, h), *rest = previous_hidden(output, h0, batch_sizes, reverse)
+    torch.mm(dgates[rows].t(), h, out=out)
+    for rows, h in rest:
+        out.addmm_(dgates[rows].t(), h)
     return out
+
+
+def previous_hidden(
+    output: Tensor, h0: Tensor, batch_sizes: Tensor | None, reverse: bool
+) -> list[tuple[slice, Tensor]]:
+    """h before every step, in parts: which of all N rows, and their h ``[rows, R]``.
+
+    The h before a row's first step is ``h0 [B, R]``. The parts cover every row once; of dense
+    input they are views.
+    """
+    if batch_sizes is not None:
+        return [(slice(None), _packed_previous(output, h0, batch_sizes, reverse))]
+    batch, steps = h0.size(0), output.flatten(0, 1)
+    rest = steps.size(0) - batch
+    if not rest:
+        return [(slice(None), h0)]
+    if reverse:
+        return [(slice(rest, None), h0), (slice(rest), steps[batch:])]
+    return [(slice(batch), h0), (slice(batch, None), steps[:rest])]
 
 
 def _packed_previous(output: Tensor, h0: Tensor, batch_sizes: Tensor, reverse: bool) -> Tensor:
