@@ -59,6 +59,8 @@ PERSISTENT = re.compile(r"\b(grid|cluster)_\w*kernel\b")
 ONE_CTA = re.compile(r"\b1>[> ]*$")
 # Hold 48 to 128 KB of weights in shared memory; the GPUs below have 99 KB, too few for the rest.
 LARGE_SHARED = re.compile(r"grid_forward_kernel<.*(\bLstmCell|HeldFma<16>, \w+), 8,")
+# Copy to both CTAs of a pair at once (kHasMulticast in csrc/device/ptx.h).
+PAIRED = re.compile(r"\bPairedGather\b")
 SMALL_SHARED_ARCHITECTURES = ("86", "89", "120", "121")
 TENSOR_CORE_TYPES = re.compile(
     r"BFloat16|Float16|Bf16|F16|bf16|f16|TensorCore|tf32|Tf32", re.IGNORECASE
@@ -175,6 +177,8 @@ class Kernel:
     def runs_here(self) -> bool:
         """Where a kernel cannot be launched it has no body: clusters exist from sm_90 on."""
         arch = self.arch.rstrip("af")
+        if PAIRED.search(self.name):
+            return arch == "90"
         if LARGE_SHARED.search(self.name):
             return arch not in SMALL_SHARED_ARCHITECTURES
         return self.tier != "cluster" or self.is_alone or int(arch) >= 90

@@ -60,6 +60,11 @@ class Emulated:
         return call
 
 
+def both_passes(tier: str) -> list[str]:
+    """The tiers that run the forward and the backward pass of a layer in a tier."""
+    return [tier, "grid" if tier == "grid-pairs" else tier]
+
+
 def _empty(nbytes: int, like: Tensor) -> Tensor:
     room = torch.full((nbytes + _ALIGNMENT,), _STALE, dtype=torch.uint8)
     return room[-room.data_ptr() % _ALIGNMENT :][:nbytes]

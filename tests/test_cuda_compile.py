@@ -285,6 +285,14 @@ def test_a_kernel_has_a_body_wherever_its_shared_memory_fits() -> None:
     assert read("EXIT", name=exact.format(8), arch="90a").violations() != []
 
 
+def test_a_kernel_of_pairs_has_a_body_where_multicast_is_compiled() -> None:
+    name = "grid_forward_kernel<GridForwardConfig<TensorCore16<Bf16>, LstmCell, 4, 2, {}Gather> >"
+    for arch in ("80", "89", "100", "120"):
+        assert read("EXIT", name=name.format("Paired"), arch=arch).violations() == []
+        assert read("EXIT", name=name.format("Polled"), arch=arch).violations() != []
+    assert read("EXIT", name=name.format("Paired"), arch="90a").violations() != []
+
+
 @pytest.mark.parametrize(("arch", "is_violation"), [("90a", True), ("80", True), ("86", False)])
 def test_a_kernel_is_empty_only_where_its_shared_memory_has_no_place(
     arch: str, is_violation: bool

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.utils.checkpoint
-from cuda_emulated import Emulated
+from cuda_emulated import Emulated, both_passes
 from recurrence_cases import (
     CELLS,
     DTYPES,
@@ -40,7 +40,7 @@ TIERS = cuda.TIERS[1:]
 every_cell = pytest.mark.parametrize("cell", CELLS)
 every_tier = pytest.mark.parametrize("tier", TIERS)
 # Hidden sizes that a tier spreads over several warps and, where it has them, several CTAs.
-WIDE = {"stepwise": 200, "block": 120, "cluster": 240, "grid": 504}
+WIDE = {"stepwise": 200, "block": 120, "cluster": 240, "grid": 504, "grid-pairs": 1016}
 
 
 @contextmanager
@@ -77,10 +77,11 @@ def gpu(given: Layer) -> Layer:
 def needs(tier: str, hidden: int) -> None:
     """Skips where the device has no such tier."""
     limits = cuda.native.cuda_device_limits(torch.cuda.current_device())
-    arguments = (0, True, 2, 9, 9, hidden, 0, 81, False, False, limits, cuda.TIERS.index(tier))
-    found = cuda.native.cuda_plan(*arguments)
-    if found["tier"] is None:
-        pytest.skip(found["forecasts"][tier]["obstacle"])
+    for backward in (False, True):
+        arguments = (backward, 2, 9, 9, hidden, 0, 81, False, False, limits, cuda.TIERS.index(tier))
+        found = cuda.native.cuda_plan(0, *arguments)
+        if found["tier"] is None:
+            pytest.skip(found["forecasts"][tier]["obstacle"])
 
 
 def wide(cell: str, tier: str, T: int = 20, B: int = 21, **options: Any) -> Layer:
@@ -106,7 +107,7 @@ def test_every_tier_is_near_the_oracle(cell: str, variant: dict[str, Any], tier:
     needs(tier, 24)
     with on_gpu(tier) as device:
         assert_near_oracle(gpu(layer(cell, H=24, **variant)), BF16, backend="cuda")
-        assert device.ran == [tier, tier]
+        assert device.ran == both_passes(tier)
 
 
 @every_tier
@@ -119,7 +120,7 @@ def test_wide_layers_are_near_the_oracle(cell: str, lengths, tier: str) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         with on_gpu(tier) as device:
             assert_near_oracle(given, dtype, backend="cuda")
-            assert device.ran == [tier, tier]
+            assert device.ran == both_passes(tier)
 
 
 SIZES = {
@@ -128,6 +129,8 @@ SIZES = {
     "B64-H768": (32, 64, 768),
     "B8-H2048": (12, 8, 2048),
     "B256-H128": (64, 256, 128),
+    "B128-H1024": (32, 128, 1024),  # on an H100 in pairs, as the next
+    "B64-H2048": (12, 64, 2048),
 }
 
 

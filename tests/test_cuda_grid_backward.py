@@ -49,9 +49,9 @@ UNITS = 16  # of a CTA
 class StepwiseForward(Layer):
     """A layer whose forward calls run in the stepwise tier."""
 
-    def call(self, *tensors: Tensor | None, backend: str | None = None) -> tuple[Tensor, ...]:
+    def call(self, *tensors: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
         with mock.patch.dict(os.environ, {cuda.ENVIRONMENT: "stepwise"}):
-            return super().call(*tensors, backend=backend)
+            return super().call(*tensors, **options)
 
 
 def stepwise_forward(problem: Layer) -> StepwiseForward:
@@ -280,6 +280,33 @@ def test_gradients_are_those_of_the_stepwise_tier(cell: str, dtype: torch.dtype)
         assert error <= limit * scale, name
 
 
+LENGTHS = {"dense": None, "packed": (4,) * 21 + (3,) * 11 + (1,) * 5}
+
+
+@two_dtypes
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@every_cell
+def test_gradients_of_biases_are_sums_over_all_groups_and_their_passes(
+    cell: str, lengths: tuple[int, ...] | None, dtype: torch.dtype
+) -> None:
+    """Of units that do not fill the last CTA."""
+    problem = layer(cell, 4, 37, 3, 24, lengths=lengths).to(dtype)
+    exact = (wide := problem.to(torch.float64).leaves()).refer()
+    biases = [wide.get("b_ih"), wide.get("b_hh")]
+    expected = torch.autograd.grad(exact, biases, grads := cotangents(exact))
+    with backward_in("grid", sms=4) as device:
+        outputs = (leaves := stepwise_forward(problem).leaves()).call(backend="cuda")
+        grads = [grad.to(output.dtype) for grad, output in zip(grads, outputs, strict=True)]
+        found = torch.autograd.grad(outputs, [leaves.get("b_ih"), leaves.get("b_hh")], grads)
+        (kernel,) = (k for k in device.native.emulator_log() if k["cooperative"])
+    ctas, groups, _ = kernel["grid"]
+    assert (ctas, groups) == (2, 2)
+    assert 37 / groups > 16  # rows of a pass, at most
+    for value, other in zip(found, expected, strict=True):
+        error = (value.double() - other).abs().max()
+        assert error <= 4 * torch.finfo(dtype).eps * other.abs().max()
+
+
 RESULTS = {"output": 0, "h_n": 1, "c_n": 2, "cells": 3}
 
 
@@ -429,14 +456,15 @@ def test_a_lost_message_ends_the_launch_and_spoils_all_gradients(
 
 
 @every_cell
-def test_a_call_is_one_cooperative_launch_and_its_check(cell: str) -> None:
+def test_a_call_is_one_cooperative_launch_the_biases_last_sums_and_a_check(cell: str) -> None:
     problem = stepwise_forward(layer(cell, 6, 20, 3, 40)).to(torch.bfloat16)
     with emulated("grid", sms=9) as device:
         outputs = (leaves := problem.leaves()).call(backend="cuda")
         before = len(device.native.emulator_log())
         torch.autograd.grad(outputs, leaves.present, cotangents(outputs))
-        kernel, finish = device.native.emulator_log()[before:]
+        kernel, sums, finish = device.native.emulator_log()[before:]
     assert kernel["cooperative"]
+    assert not sums["cooperative"]
     assert not finish["cooperative"]
     ctas, groups, _ = kernel["grid"]
     assert ctas == 3  # of 16 units each

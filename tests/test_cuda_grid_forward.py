@@ -45,9 +45,9 @@ class OnGrid(Layer):
 
     device: dict[str, Any] = field(default_factory=dict)
 
-    def call(self, *tensors: Tensor | None, backend: str | None = None) -> tuple[Tensor, ...]:
+    def call(self, *tensors: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
         with emulated("grid", **self.device) as ran:
-            results = super().call(*tensors, backend=backend)
+            results = super().call(*tensors, **options)
             assert ran.ran == ["grid"]
         return results
 

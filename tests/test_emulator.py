@@ -382,7 +382,7 @@ def test_sending_before_all_have_read_does_not_go_well(seed: int) -> None:
 def test_a_message_to_a_cta_that_ended_is_an_error(seed: int) -> None:
     said = report("cluster_gather leaves early", n=7)
     assert re.search(
-        r"CTA \d has ended while \d+ st_async messages are under way|"
+        r"CTA \d has ended while \d+ messages are under way|"
         r"st_async to the shared memory of CTA \d, which has ended",
         said,
     )
@@ -398,6 +398,46 @@ def test_an_mbarrier_that_never_completes_says_what_it_misses(seed: int) -> None
     assert re.search(
         r"CTA 0 threads 0, 1, 2, 3 and 60 more wait for the mbarrier at byte 0, parity 0, at "
         r"selftest\.cpp:\d+, which is in phase 0 and misses 0 arrivals and 16 bytes",
+        said,
+    )
+
+
+def copied(name: str, rounds: int) -> list[int]:
+    sums = zeros(CTAS)
+    run(name, output=sums, scratch=zeros(rounds, CTAS, 16), n=rounds)
+    return sums.tolist()
+
+
+def copies_expected(rounds: int) -> list[int]:
+    return [32 * sum(range(1, rounds + 1))] * CTAS
+
+
+@pytest.mark.parametrize("stale", [0, 1], ids=["fresh", "stale"])
+def test_pairs_share_what_either_reads(seed: int, stale: int) -> None:
+    emulated.emulator_configure(stale=stale)
+    assert copied("multicast", 9) == copies_expected(9)
+    assert emulated.emulator_stats()["copies"] == 9 * CTAS * 2
+    assert (emulated.emulator_stats()["stale"] > 0) == (stale > 0)
+
+
+def test_a_copy_may_bring_what_was_there_before(seed: int) -> None:
+    assert copied("multicast unexamined", 9) != copies_expected(9)
+
+
+def test_a_copy_that_arrives_too_early_does_not_go_well(seed: int) -> None:
+    outcome: list[int] | str
+    try:
+        outcome = copied("multicast without asking", 40)
+    except RuntimeError as error:
+        outcome = str(error)
+    assert outcome != copies_expected(40)
+
+
+def test_a_copy_to_a_cta_that_ended_is_an_error(seed: int) -> None:
+    said = report("multicast leaves early", scratch=zeros(3, CTAS, 16), n=3)
+    assert re.search(
+        r"CTA \d has ended while \d+ messages are under way|"
+        r"copy_multicast to the shared memory of CTA \d, which has ended",
         said,
     )
 

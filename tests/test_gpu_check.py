@@ -59,7 +59,7 @@ def test_the_dry_run_goes_through_every_stage(tmp_path: Path) -> None:
     assert len(plans) == 1 + len(gpu_grid())
     assert all("us/step" in line for line in plans[1:])
     for name, kinds in (
-        ("emulator", {"stepwise", "block", "cluster", "grid"}),
+        ("emulator", {"stepwise", "block", "cluster", "grid", "grid-pairs"}),
         ("triton", {"stepwise", "sequence"}),
     ):
         lines = (tmp_path / "logs" / f"{name}.txt").read_text().splitlines()

@@ -67,6 +67,7 @@ struct LstmBackward {
   const void* cells;
   const void* saved;
   void* dgates;       // T [N, 4H]
+  void* db;           // T [4H]: dgates summed over N, or null: not wanted. CUDA only
   void* dh0;          // T [B, R], null together with dc0: not wanted
   void* dc0;          // T [B, H]
   void* dproj;        // T [N, R]: gradient of each step's projected h; null without projection
@@ -103,7 +104,10 @@ struct GruBackward {
   const void* saved;
   void* dgates;     // T [N, 3H]
   void* candidate;  // T [N, H]: reset after: gradient of W_hn h + b_hn; before: r * h
-  void* dh0;        // T [B, H], or null: not wanted
+  // Reset after: T [4H], dgates and candidate summed over N; before: T [3H], dgates. Null: not
+  // wanted. CUDA only.
+  void* db;
+  void* dh0;  // T [B, H], or null: not wanted
 };
 
 // Logits of some rows of a linear + cross-entropy head (one chunk): their losses and, in place, the
@@ -132,7 +136,15 @@ struct CrossEntropy {
 
 // How the layer's steps are run on a GPU (docs/architecture.md). `automatic` lets the cost model
 // choose; the others are refused where they cannot run the problem.
-enum class CudaTier : int { automatic = 0, stepwise = 1, block = 2, cluster = 3, grid = 4 };
+// `grid_pairs` is the grid tier with a forward pass whose CTAs gather in pairs.
+enum class CudaTier : int {
+  automatic = 0,
+  stepwise = 1,
+  block = 2,
+  cluster = 3,
+  grid = 4,
+  grid_pairs = 5
+};
 
 // What a CUDA call needs beside the layer. In a CUDA call all pointers of the layer's struct are to
 // device memory, except Sequence::batch_sizes, and `threads` is not used.
@@ -145,6 +157,10 @@ struct CudaCall {
   CudaTier tier;
   bool allow_tf32;     // float32 products may be rounded to TF32
   int concurrent = 1;  // launches like this one that share the device, itself included
+  // Of a backward pass that wants db, A [P, 4H or 3H]: each group of CTAs that runs its own batch
+  // rows (a grid plan's group, a cluster) writes its part of db to a row. Part of the workspace;
+  // set by launch/layers.cu.
+  void* bias_partials = nullptr;
 };
 
 }  // namespace rnnlm

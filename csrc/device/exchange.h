@@ -60,20 +60,21 @@ class Wait {
       : abort_word_(abort_word), limit_(limit) {}
 
   // Call after a poll that found something missing. False: stop waiting, the launch is over.
-  RNNLM_DEVICE bool again() {
-    ++polls_;
-    if (polls_ % kCheckEvery != 0) {
-      ptx::pause();
-      return true;
-    }
-    return check();
-  }
+  RNNLM_DEVICE bool again() { return go_on(/*heeds_others=*/true); }
+  // The same of a wait for somebody who comes although the launch is over. False: waited too long.
+  RNNLM_DEVICE bool again_whatever_others_say() { return go_on(/*heeds_others=*/false); }
 
  private:
   static constexpr uint32_t kCheckEvery = 1024;
 
-  RNNLM_DEVICE bool check() {
-    if (ptx::ld_relaxed(abort_word_) != kRunning) return false;
+  RNNLM_DEVICE bool go_on(bool heeds_others) {
+    ++polls_;
+    if (polls_ % kCheckEvery == 0) return check(heeds_others);
+    ptx::pause();
+    return true;
+  }
+  RNNLM_DEVICE bool check(bool heeds_others) {
+    if (heeds_others && ptx::ld_relaxed(abort_word_) != kRunning) return false;
     const uint64_t now = ptx::nanoseconds();
     if (polls_ == kCheckEvery) started_ = now;
     if (polls_ >= limit_.polls && now - started_ >= limit_.nanoseconds) {

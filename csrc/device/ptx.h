@@ -30,6 +30,15 @@ constexpr int kMostSharedBytes = 99 * 1024;
 constexpr int kMostSharedBytes = 227 * 1024;
 #endif
 
+// Whether kernels whose copies go to several CTAs at once have a body. Such copies exist from sm_90
+// on, but PTX promises their speed for targets with an `a` or `f` only, and of these we compile
+// 90a.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1000)
+constexpr bool kHasMulticast = false;
+#else
+constexpr bool kHasMulticast = true;
+#endif
+
 // Dynamic shared memory of the CTA, aligned to 128 bytes.
 RNNLM_DEVICE unsigned char* dynamic_shared() {
   extern __shared__ __align__(128) unsigned char rnnlm_dynamic_shared[];
@@ -166,6 +175,33 @@ RNNLM_DEVICE bool mbarrier_try_wait(uint32_t address, uint32_t parity) {
       : "r"(address), "r"(parity)
       : "memory");
   return done != 0;
+}
+// Arrives at an mbarrier of a CTA of the cluster. Orders nothing: a release among CTAs is a MEMBAR.
+RNNLM_DEVICE void mbarrier_arrive_cluster(uint32_t cluster_mbarrier) {
+  asm volatile(
+      "mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(cluster_mbarrier)
+      : "memory");
+}
+// Copies `bytes` (a multiple of 16) of global memory, read once, to the same place in the shared
+// memory of each CTA whose bit is set in `ctas`, and counts them at the same mbarrier of each as
+// they arrive there. It reads through the async proxy, in any order: words that others store
+// meanwhile may arrive as they were before.
+RNNLM_DEVICE void copy_multicast(uint32_t address, const void* from, uint32_t bytes,
+                                 uint32_t mbarrier, uint16_t ctas) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(address),
+      "l"(from), "r"(bytes), "r"(mbarrier), "h"(ctas)
+      : "memory");
+}
+// Between loads of global memory and copies that are to see what the loads saw. (No MEMBAR, as the
+// fence of all memory is.)
+RNNLM_DEVICE void fence_async_copies() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+// Between stores to shared memory and copies that are to overwrite them.
+RNNLM_DEVICE void fence_async_overwriting() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 // All threads of all CTAs of the cluster; orders memory (strict) or only time (relaxed).
 RNNLM_DEVICE void cluster_arrive() {

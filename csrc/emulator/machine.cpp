@@ -18,7 +18,9 @@
 // bytes. The near ends of the fences are checked each time a thread has run, so that a store
 // outside is blamed on the thread that did it; the rest at barriers and at the end. Shared
 // addresses are numbers: rank in the cluster + 1, then 18 bits of offset. st.async messages are
-// delivered at random moments; one that is under way to a CTA that has ended is an error.
+// delivered at random moments; one that is under way to a CTA that has ended is an error. A copy
+// from global memory is such messages of 16 bytes, for each CTA that it goes to, which are read as
+// they arrive: by a proxy that now and then sees what was there before the last store.
 //
 // A launch cannot go on when no thread can run, or when all have polled for long without anything
 // happening. Then, as at any error, its fibers are dropped and run() tells who waits for what
@@ -138,7 +140,7 @@ void end_cta(Cta& cta) {
   check_fences(cta, /*all=*/true);
   if (cta.messages != 0) {
     report("CTA " + std::to_string(cta.index) + " has ended while " + std::to_string(cta.messages) +
-           " st_async messages are under way to its shared memory: a cluster barrier must keep it");
+           " messages are under way to its shared memory: a cluster barrier must keep it");
   }
   waiting_ctas += cta.waits_for_earlier;
   if (cta.cluster->alive == 0)
@@ -316,6 +318,7 @@ Status run(const char* doing, const LaunchShape& shape, void (*call)(const void*
     if (fiber.stack != nullptr) stacks.give(fiber.stack);
   for (Cta& cta : machine.ctas) deliver_first(cta, cta.stores.size());
   machine.messages.clear();
+  machine.overwritten = {};
   free_slots.clear();
   machine.stats.polls += machine.polls;
   records.push_back({doing, shape.grid_x, shape.grid_y, shape.grid_z, shape.threads, shape.shared,

@@ -22,6 +22,7 @@ struct Settings {
   uint64_t seed = 1;       // of scheduling and of everything that is left to chance
   bool weak = true;        // delay relaxed and weak stores, and deliver them in any order
   uint32_t drop = 0;       // lose about one message in so many; 0: none
+  uint32_t stale = 8;      // one word of so many that a copy reads late is an old one; 0: none
   uint64_t spins = 10000;  // polls of each thread without anything happening = a livelock
   int sms = 8;             // an SM holds one CTA
   int compute_capability = 90;
@@ -45,6 +46,8 @@ struct Stats {
   uint64_t polls = 0;     // that found nothing
   uint64_t delayed_stores = 0;
   uint64_t async_stores = 0;
+  uint64_t copies = 0;   // counted at each CTA that one goes to
+  uint64_t stale = 0;    // words that a copy brought as they were before
   uint64_t dropped = 0;  // messages lost on purpose
 };
 

@@ -48,6 +48,8 @@ uint32_t load(const uint32_t* p, Where where) {
 }
 
 void arrive(Cta& cta, const Store& store) {
+  machine.overwritten[machine.next_overwritten++ % machine.overwritten.size()] = {store.p,
+                                                                                  *store.p};
   *store.p = store.value;
   --cta.stores_to[hash(store.p)];
   something_happened();
@@ -98,6 +100,17 @@ bool lost() {
   if (machine.settings.drop == 0 || !chance(machine.settings.drop)) return false;
   ++machine.stats.dropped;
   return true;
+}
+
+uint32_t load_for_copy(const uint32_t* word) {
+  if (machine.settings.stale != 0 && chance(machine.settings.stale)) {
+    for (const Overwritten& before : machine.overwritten) {
+      if (before.p != word) continue;
+      ++machine.stats.stale;
+      return before.value;
+    }
+  }
+  return *word;
 }
 
 void deliver_some_stores() {

@@ -23,6 +23,7 @@ void for_each_setting(Settings& s, const Visitor& visit) {
   visit("seed", s.seed);
   visit("weak", s.weak);
   visit("drop", s.drop);
+  visit("stale", s.stale);
   visit("spins", s.spins);
   visit("sms", s.sms);
   visit("compute_capability", s.compute_capability);
@@ -76,6 +77,8 @@ py::dict emulator_stats() {
   all["polls"] = s.polls;
   all["delayed_stores"] = s.delayed_stores;
   all["async_stores"] = s.async_stores;
+  all["copies"] = s.copies;
+  all["stale"] = s.stale;
   all["dropped"] = s.dropped;
   return all;
 }
@@ -110,7 +113,9 @@ PYBIND11_MODULE(_emulated, m) {
         "Changes the settings given by name and returns all, as a dict. Any change starts the "
         "random numbers anew.\n\n"
         "seed: of scheduling and all else left to chance. weak: delay relaxed and weak stores. "
-        "drop: lose about one message in so many, 0: none. spins: polls of each thread without "
+        "drop: lose about one message in so many, 0: none. stale: of so many words that a copy "
+        "from global memory reads late, about one is what was there before, 0: none. spins: polls "
+        "of each thread without "
         "anything happening that make a livelock. sms, compute_capability, shared_per_block, "
         "cooperative: the device. bounded: CTAs beyond sms start when others end; False: all at "
         "once.");
@@ -121,7 +126,8 @@ PYBIND11_MODULE(_emulated, m) {
         "launches).");
   m.def("emulator_stats", &emulator_stats,
         "Counts since the last reset: launches that ended well, switches between threads, polls "
-        "that found nothing, delayed_stores, async_stores, dropped messages.");
+        "that found nothing, delayed_stores, async_stores, copies into shared memory, stale words "
+        "that these brought, dropped messages.");
   m.def("selftest", &selftest, py::arg("name"), py::arg("input") = 0, py::arg("output") = 0,
         py::arg("scratch") = 0, py::arg("n") = 0,
         "Launches a small kernel that tests the emulator (csrc/emulator/selftest.cpp). input, "

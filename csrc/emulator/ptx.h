@@ -14,6 +14,7 @@ using emulator::Where;
 // --- threads -------------------------------------------------------------------------------------
 
 constexpr int kMostSharedBytes = 227 * 1024;
+constexpr bool kHasMulticast = true;
 inline unsigned char* dynamic_shared() {
   return emulator::current->shared;
 }
@@ -70,6 +71,11 @@ void mbarrier_init(uint32_t address, uint32_t arrivals);
 void mbarrier_init_fence();
 void mbarrier_arrive_expect_tx(uint32_t address, uint32_t bytes);
 bool mbarrier_try_wait(uint32_t address, uint32_t parity, Where where = Where::here());
+void mbarrier_arrive_cluster(uint32_t cluster_mbarrier);
+void copy_multicast(uint32_t address, const void* from, uint32_t bytes, uint32_t mbarrier,
+                    uint16_t ctas);
+inline void fence_async_copies() {}
+inline void fence_async_overwriting() {}
 void cluster_arrive();
 void cluster_arrive_relaxed();
 void cluster_wait(Where where = Where::here());

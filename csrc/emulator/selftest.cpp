@@ -1,5 +1,6 @@
 #include "emulator/selftest.h"
 
+#include "device/philox.h"
 #include "device/ptx.h"
 #include "launch/launch.h"
 
@@ -21,6 +22,7 @@ enum Variant : int {
   kNoFence,
   kLeavesEarly,
   kExpectsMore,
+  kUnexamined,
   kLaneLeaves,
   kLanesDiverge,
   kTwoBarriers,
@@ -270,6 +272,32 @@ __global__ void __launch_bounds__(64) order_of_stores(SelftestParams p) {
   }
 }
 
+// --- random numbers ------------------------------------------------------------------------------
+
+// Thread i takes six words of `in`, a counter and a key, and leaves philox4x32 of them in four.
+__global__ void __launch_bounds__(kThreads) philox(SelftestParams p) {
+  const int i = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
+  if (i >= p.n) return;
+  const uint32_t* in = p.in + 6 * i;
+  const PhiloxWords words = philox4x32({{in[0], in[1], in[2], in[3]}}, in[4], in[5]);
+  for (int w = 0; w < 4; ++w) p.out[4 * i + w] = words.word[w];
+}
+
+// Thread i draws block i of the seed in[0..1] and the stream in[2..3] (low words first) and leaves,
+// for each of its four words, the word, the bits of its uniform number and whether that is kept
+// where what is dropped has the probability in[4] (a float's bits).
+__global__ void __launch_bounds__(kThreads) random_draws(SelftestParams p) {
+  const unsigned i = blockIdx.x * kThreads + threadIdx.x;
+  const auto wide = [&](int at) { return uint64_t{p.in[at + 1]} << 32 | p.in[at]; };
+  const PhiloxWords words = random_words(wide(0), wide(2), i);
+  for (unsigned w = 0; w < 4; ++w) {
+    uint32_t* out = p.out + 3 * (4 * i + w);
+    out[0] = words.word[w];
+    out[1] = ptx::float_bits(uniform(words.word[w]));
+    out[2] = is_kept(words.word[w], ptx::float_from_bits(p.in[4]));
+  }
+}
+
 // --- clusters ------------------------------------------------------------------------------------
 
 // All CTAs of a cluster hand each other four words a round. Shared memory: two mbarriers, then
@@ -312,6 +340,48 @@ __global__ void __launch_bounds__(64) cluster_gather(SelftestParams p) {
   if (t == 0) p.out[blockIdx.x] = sum;
 }
 
+// Pairs of CTAs share what they read: in round r each CTA publishes 16 words r + 1 in scratch[r,
+// cta] and copies them, whether they are there or not, into both; words that are not are polled.
+// Shared memory: mbarriers for what arrives and for what may be overwritten, then [rank] of 64
+// bytes. out[cta]: the sum of all words.
+__global__ void __launch_bounds__(32) multicast(SelftestParams p) {
+  constexpr uint32_t kWords = 16;
+  unsigned char* shared = ptx::dynamic_shared();
+  uint32_t* words = reinterpret_cast<uint32_t*>(shared + 16);
+  const uint32_t t = threadIdx.x, rank = ptx::cluster_rank();
+  const uint32_t full = ptx::shared_address(shared), free = ptx::shared_address(shared + 8);
+  if (t == 0) {
+    ptx::mbarrier_init(full, 1);
+    ptx::mbarrier_init(free, 1);
+    ptx::mbarrier_init_fence();
+  }
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
+  uint32_t sum = 0;
+  for (uint32_t round = 0; round < static_cast<uint32_t>(p.n); ++round) {
+    const uint32_t parity = round % 2;
+    uint32_t* published = p.scratch + (round * gridDim.x + blockIdx.x - rank) * kWords;
+    if (t < kWords) ptx::st_relaxed(published + rank * kWords + t, round + 1);
+    if (t == 0) {
+      while (p.variant != kNoBarrier && !ptx::mbarrier_try_wait(free, parity ^ 1)) ptx::pause();
+      ptx::mbarrier_arrive_expect_tx(full, 8 * kWords);
+      ptx::copy_multicast(ptx::shared_address(words + rank * kWords), published + rank * kWords,
+                          4 * kWords, full, 0b11);
+    }
+    if (p.variant == kLeavesEarly && round + 1 == static_cast<uint32_t>(p.n)) return;
+    while (!ptx::mbarrier_try_wait(full, parity)) ptx::pause();
+    uint32_t word = words[t];
+    while (p.variant != kUnexamined && word == 0) word = ptx::ld_relaxed(published + t);
+    sum += word;
+    ptx::warp_sync();
+    if (t == 0) ptx::mbarrier_arrive_cluster(ptx::cluster_address(free, rank ^ 1));
+  }
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
+  for (int i = 1; i < 32; i *= 2) sum += ptx::shuffle_xor(sum, i);
+  if (t == 0) p.out[blockIdx.x] = sum;
+}
+
 // --- the table -----------------------------------------------------------------------------------
 
 struct Selftest {
@@ -345,6 +415,8 @@ constexpr Selftest kSelftests[] = {
     {"to_f16", convert, kF16, 64, kThreads, 0},
     {"to_tf32", convert, kTf32, 64, kThreads, 0},
     {"from_f16", convert, kFromF16, 64, kThreads, 0},
+    {"philox", philox, kCorrect, 1, kThreads, 0},
+    {"random_draws", random_draws, kCorrect, kCtas, kThreads, 0},
     {"payload_as_flag", payload_as_flag, kCorrect, kCtas, kThreads, 64, 1, true},
     {"payload_as_flag never written", payload_as_flag, kNeverWritten, kCtas, kThreads, 64, 1, true},
     {"timed_wait", timed_wait, kCorrect, kCtas, 32, 0},
@@ -362,6 +434,10 @@ constexpr Selftest kSelftests[] = {
     {"cluster_gather without a fence", cluster_gather, kNoFence, 8, 64, 160, 4},
     {"cluster_gather leaves early", cluster_gather, kLeavesEarly, 8, 64, 160, 4},
     {"cluster_gather expects more", cluster_gather, kExpectsMore, 8, 64, 160, 4},
+    {"multicast", multicast, kCorrect, 4, 32, 144, 2},
+    {"multicast without asking", multicast, kNoBarrier, 4, 32, 144, 2},
+    {"multicast unexamined", multicast, kUnexamined, 4, 32, 144, 2},
+    {"multicast leaves early", multicast, kLeavesEarly, 4, 32, 144, 2},
 };
 
 }  // namespace

@@ -1,5 +1,5 @@
 // Shared memory with fences around it, and what the CTAs of a cluster do with each other's:
-// messages (st.async), mbarriers and the cluster barrier. See machine.cpp.
+// messages (st.async, multicast copies), mbarriers and the cluster barrier. See machine.cpp.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -84,13 +84,25 @@ void deliver_message() {
   machine.messages.pop_back();
   Cta& cta = *message.target;
   --cta.messages;
-  std::memcpy(cta.shared + message.offset, &message.words, sizeof(message.words));
+  uint4 words = message.words;
+  if (const uint32_t* from = message.from) {
+    words = {load_for_copy(from), load_for_copy(from + 1), load_for_copy(from + 2),
+             load_for_copy(from + 3)};
+  }
+  std::memcpy(cta.shared + message.offset, &words, sizeof(words));
   Mbarrier* m = find_mbarrier(cta, message.mbarrier);
   if (m == nullptr || (message.from_other_cta && !m->fenced)) {
-    return report("st_async to " + name_of_mbarrier(cta, message.mbarrier) + " before " +
+    return report("a message to " + name_of_mbarrier(cta, message.mbarrier) + " before " +
                   (m == nullptr ? "mbarrier_init()" : "mbarrier_init_fence()"));
   }
   count(cta, *m, 0, -16);
+}
+
+void check_running(const Cta& target, const char* what) {
+  if (target.alive != 0 && target.begun) return;
+  fail(std::string(what) + " to the shared memory of CTA " + std::to_string(target.index) +
+       (target.begun ? ", which has ended" : ", which may not have started") +
+       ": a cluster barrier must keep it");
 }
 
 void fence_mbarriers() {
@@ -197,16 +209,37 @@ void st_async_v4(uint32_t cluster_address, uint4 v, uint32_t cluster_mbarrier) {
     fail("st_async: data and mbarrier are in different CTAs");
   const uint32_t offset = offset_of(cluster_address, 16, "st_async");
   const uint32_t mbarrier = offset_of(cluster_mbarrier, 8, "st_async");
-  if (target.alive == 0 || !target.begun) {
-    fail("st_async to the shared memory of CTA " + std::to_string(target.index) +
-         (target.begun ? ", which has ended" : ", which may not have started") +
-         ": a cluster barrier must keep it");
-  }
+  check_running(target, "st_async");
   if (lost()) return;
   something_happened();
   ++machine.stats.async_stores;
   ++target.messages;
-  machine.messages.push_back({&target, offset, mbarrier, v, &target != self().cta});
+  machine.messages.push_back({&target, offset, mbarrier, v, nullptr, &target != self().cta});
+}
+void copy_multicast(uint32_t address, const void* from, uint32_t bytes, uint32_t mbarrier,
+                    uint16_t ctas) {
+  const char* const what = "copy_multicast";
+  const uint32_t offset = address & kOffsetMask;
+  if (bytes == 0 || bytes % 16 != 0 || offset % 16 != 0 || offset + bytes > machine.shape.shared)
+    fail(std::string(what) + ": not aligned bytes within shared memory");
+  if (reinterpret_cast<std::uintptr_t>(from) % 16 != 0)
+    fail(std::string(what) + ": copies from " + hex(reinterpret_cast<std::uintptr_t>(from)));
+  const uint32_t counter = offset_of(mbarrier, 8, what);
+  if (ctas == 0 || ctas >> machine.shape.cluster != 0)
+    fail(std::string(what) + ": goes to CTAs beyond its cluster");
+  something_happened();
+  for (uint32_t rank = 0; rank < machine.shape.cluster; ++rank) {
+    if ((ctas >> rank & 1) == 0) continue;
+    Cta& target = self().cta->rank_0[rank];
+    check_running(target, what);
+    ++machine.stats.copies;
+    if (lost()) continue;
+    const uint32_t* words = static_cast<const uint32_t*>(from);
+    for (uint32_t at = 0; at < bytes; at += 16, words += 4) {
+      ++target.messages;
+      machine.messages.push_back({&target, offset + at, counter, {}, words, &target != self().cta});
+    }
+  }
 }
 
 void mbarrier_init(uint32_t address, uint32_t arrivals) {
@@ -225,6 +258,16 @@ void mbarrier_arrive_expect_tx(uint32_t address, uint32_t bytes) {
   if (m.pending == 0) fail("arrives once too often at " + name_of_mbarrier(*self().cta, m.offset));
   deliver_ordered(self());
   count(*self().cta, m, 1, bytes);
+}
+void mbarrier_arrive_cluster(uint32_t cluster_mbarrier) {
+  const char* const what = "mbarrier_arrive_cluster";
+  Cta& target = cta_at(cluster_mbarrier, what);
+  const uint32_t offset = offset_of(cluster_mbarrier, 8, what);
+  check_running(target, what);
+  Mbarrier* m = find_mbarrier(target, offset);
+  if (m == nullptr || m->pending == 0 || (&target != self().cta && !m->fenced))
+    fail(std::string(what) + ": " + name_of_mbarrier(target, offset) + " does not expect it");
+  count(target, *m, 1, 0);
 }
 bool mbarrier_try_wait(uint32_t address, uint32_t parity, Where where) {
   Fiber& f = self();

@@ -68,12 +68,19 @@ struct Store {
   uint32_t value, thread, epoch, warp_epoch, channel;
 };
 
-// An st.async under way.
+// Of an st.async or of a copy under way: 16 bytes.
 struct Message {
   Cta* target;
   uint32_t offset, mbarrier;
   uint4 words;
+  const uint32_t* from;  // of a copy: read as it arrives; null for an st.async
   bool from_other_cta;
+};
+
+// What a word of global memory was before the store that was delivered last.
+struct Overwritten {
+  const uint32_t* p;
+  uint32_t value;
 };
 
 struct Mbarrier {
@@ -146,6 +153,8 @@ struct Machine {
   uint64_t stalled_until = 0;
   uint32_t stalled_channel = 0;
   std::vector<Message> messages;
+  std::array<Overwritten, 256> overwritten;  // by the last stores, in a ring
+  std::size_t next_overwritten;
 };
 
 extern Machine machine;
@@ -177,7 +186,8 @@ void complete_barrier(Cta& cta);
 
 // --- memory.cpp ----------------------------------------------------------------------------------
 
-bool lost();  // whether to lose this message
+bool lost();                                   // whether to lose this message
+uint32_t load_for_copy(const uint32_t* word);  // perhaps what was there before
 void deliver_some_stores();
 void deliver_first(Cta& cta, std::size_t count);
 void deliver_ordered(Fiber& fiber);  // what a release of this thread puts in front of itself

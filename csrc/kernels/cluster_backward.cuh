@@ -21,14 +21,21 @@
 //   barrier    of the CTA;
 //   multiply   every warp reads all gradients of the CTA;
 //   exchange   in a cluster: 16-byte st.async of accumulators, as they are, into the owner's slots;
-//   look ahead in the shadow of other warps' products (and of the exchange): storing the gradients,
-//              and what the next step's gradients are as functions of dh and dc (all of its special
-//              functions), from what was loaded a step ago; loading for the one behind.
+//   look ahead in the shadow of other warps' products (and of the exchange): storing the gradients
+//              (in the block tier always before the product), and what the next step's gradients
+//              are as functions of dh and dc (all of its special functions), from what was loaded a
+//              step ago; loading for the one behind.
 // A GRU that resets before the product has a product with W_hn first, then one with the rest.
 //
 // Rows. A row's gradient starts (grad_h_n, grad_c_n) at the step that was its last, and when the
 // step computed now no longer holds it, what the product gave is its dh0. Behind the last step
 // comes one more product for dh0, unless nobody wants it.
+//
+// Gradients of biases are sums over rows and steps. Where they are wanted, a thread that has stored
+// a step's gradients adds them, as they were before they were rounded, to float32 sums of its own:
+// in registers, or where these are short in words of shared memory that nobody else touches. Behind
+// the last step the lanes that share a unit add theirs up, always in the same order, and store the
+// cluster's row of bias_partials. Who launches the kernel adds up these rows.
 //
 // Why two buffers are enough. Gradients of step s + 2 are written by a warp that has passed the
 // barrier of s + 1, before which all warps have multiplied those of s. Exchange n + 1 is sent
@@ -69,6 +76,7 @@ struct ClusterBackwardParams {
   T* candidate;             // [N, H], GRU
   T* dh0;                   // [B, H] or null: not wanted
   T* dc0;                   // [B, H], LSTM: null like dh0
+  float* bias_partials;     // [clusters, biases * H] or null: not wanted
   uint32_t* abort_word;
   WaitLimit wait_limit;
 };
@@ -77,14 +85,15 @@ struct ClusterBackwardParams {
 //
 // prepare() does all that needs neither dh nor dc: gradients are linear in these. `kept` is what
 // was saved: pre-activations in 16 bits, activated gates in float32. `before` is c (GRU: h) of the
-// step before, `now` an LSTM's c of the step. kStored gradients go to global memory.
-// published(gate): which of them the product of that gate's weights is taken with. `carry` is the
-// part of the dh to come that is not in the product (0: LSTM).
+// step before, `now` an LSTM's c of the step. kStored gradients go to global memory, of which the
+// first kBiases are those of biases. published(gate): which of them the product of that gate's
+// weights is taken with. `carry` is the part of the dh to come that is not in the product (0:
+// LSTM).
 
 template <class T>
 struct LstmGradient {
   using Math = GateMath<T>;
-  static constexpr int kGates = 4, kSaved = 4, kStored = 4;
+  static constexpr int kGates = 4, kSaved = 4, kStored = 4, kBiases = 4;
   static constexpr bool kHasCells = true, kResetsBefore = false;
   using Slopes = LstmSlopes<float>;
   static RNNLM_DEVICE int published(int gate) { return gate; }
@@ -114,7 +123,8 @@ RNNLM_DEVICE GruGates<float> activated(const GruGates<float>& kept) {
 template <class T>
 struct GruAfterGradient {
   using Math = GateMath<T>;
-  static constexpr int kGates = 3, kSaved = 4, kStored = 4;  // r, z, n; of W_hn h + b_hn
+  static constexpr int kGates = 3, kSaved = 4;
+  static constexpr int kStored = 4, kBiases = 4;  // r, z, n; of W_hn h + b_hn
   static constexpr bool kHasCells = false, kResetsBefore = false;
   struct Slopes {
     GruUpdateGrad<float> update;
@@ -139,7 +149,8 @@ struct GruAfterGradient {
 template <class T>
 struct GruBeforeGradient {
   using Math = GateMath<T>;
-  static constexpr int kGates = 3, kSaved = 3, kStored = 4;  // r, z, n; r * h, no gradient
+  static constexpr int kGates = 3, kSaved = 3;
+  static constexpr int kStored = 4, kBiases = 3;  // r, z, n; r * h, no gradient
   static constexpr bool kHasCells = false, kResetsBefore = true;
   struct Slopes {
     GruUpdateGrad<float> update;
@@ -213,18 +224,24 @@ struct ClusterBackwardConfig {
                        kThreads>;
   static constexpr int kTilesOfPass = kTiles < 2 || kVectors > 96 ? 1 : 2;
 
+  // Sums of biases' gradients are in shared memory where registers are short: where a lane has two
+  // pairs, and where plain multiply-adds keep weights there too, unless these leave no room.
+  static constexpr bool kBiasesInShared =
+      kCtas == 1 || (!kTensorCores && kVectors > 32 && kVectors <= 96);
+
   // Shared memory: two slots of gradients, weights, sums of plain multiply-adds, two slots of
   // partial sums (float32 accumulators of a warp, from each CTA for each tile), the cluster's
-  // mbarriers.
+  // mbarriers, sums of biases (of two units for each of a thread's).
   static constexpr int kSlotBytes = kFragments * kFragmentBytes;
   static constexpr int kWeightBytes =
       kTensorCores ? kInShared * kTiles * 2 * kThreads * 16 : Rows::kWeightBytes;
   static constexpr int kRowSumsBytes = kTensorCores ? 0 : Rows::kSumsBytes;
   static constexpr int kTileBytes = 32 * 16;
   static constexpr int kSumsBytes = kCtas > 1 ? kCtas * kOwnTiles * kTileBytes : 0;
+  static constexpr int kBiasBytes = kBiasesInShared ? Unit::kBiases * 8 * kThreads : 0;
   static constexpr int kSharedBytes = 2 * kSlotBytes + kWeightBytes + kRowSumsBytes +
                                       2 * kSumsBytes +
-                                      (kCtas > 1 ? ClusterSignal<kCtas>::kBytes : 0);
+                                      (kCtas > 1 ? ClusterSignal<kCtas>::kBytes : 0) + kBiasBytes;
 };
 
 // --- the product ---------------------------------------------------------------------------------
@@ -405,6 +422,39 @@ class BackwardRows {
   int lane_, warp_;
 };
 
+// --- gradients of biases -------------------------------------------------------------------------
+
+// A thread's sums for its two units of kCount gates, in registers or in shared memory.
+template <int kCount, bool kShared, int kThreads>
+class BiasSums {
+ public:
+  RNNLM_DEVICE explicit BiasSums(unsigned char* shared)
+      : words_(reinterpret_cast<float*>(shared) + 2 * threadIdx.x) {
+    RNNLM_UNROLL
+    for (int i = 0; i < kCount; ++i) store(i, {0.0f, 0.0f});
+  }
+  RNNLM_DEVICE void load(int i, float (&sums)[2]) const {
+    if constexpr (kShared) {
+      load_floats(words_ + 2 * kThreads * i, sums);
+    } else {
+      sums[0] = held_[i][0];
+      sums[1] = held_[i][1];
+    }
+  }
+  RNNLM_DEVICE void store(int i, const float (&sums)[2]) {
+    if constexpr (kShared) {
+      store_floats(words_ + 2 * kThreads * i, sums);
+    } else {
+      held_[i][0] = sums[0];
+      held_[i][1] = sums[1];
+    }
+  }
+
+ private:
+  float* words_;  // [kCount][kThreads][2], from this thread's on
+  float held_[kShared ? 1 : kCount][2];
+};
+
 // --- the kernel ----------------------------------------------------------------------------------
 
 template <class Config>
@@ -428,6 +478,7 @@ class ClusterBackward {
         sums_(slots_ + 2 * Config::kSlotBytes + Config::kWeightBytes + Config::kRowSumsBytes),
         signal_(sums_ + 2 * Config::kSumsBytes, Config::kSumsBytes, params.abort_word,
                 params.wait_limit),
+        biases_(slots_ + Config::kSharedBytes - Config::kBiasBytes),
         lane_(threadIdx.x % 32),
         warp_(threadIdx.x / 32),
         rank_(kCtas > 1 ? rank_in_cluster() : 0),
@@ -462,7 +513,8 @@ class ClusterBackward {
         RNNLM_UNROLL
         for (int pair = 0; pair < kPairs; ++pair) gradients(pair, s, later, now);
         RNNLM_UNROLL
-        for (int gate = Unit::kResetsBefore ? 1 : 0; gate < Unit::kGates; ++gate) publish(s, gate);
+        for (int gate = Unit::kResetsBefore ? 1 : 0; gate < Unit::kGates; ++gate)
+          publish(s, now, gate);
         over = kCtas > 1 && signal_.gave_up();
       }
       __syncthreads();
@@ -471,19 +523,21 @@ class ClusterBackward {
         if (!over) {
           multiply<2, 1>(s, n, rows, [] {});
           RNNLM_UNROLL
-          for (int pair = 0; pair < kPairs; ++pair) reset_gradients(pair, now);
-          publish(s, 0);
+          for (int pair = 0; pair < kPairs; ++pair) reset_gradients(pair);
+          publish(s, now, 0);
         }
         __syncthreads();
       }
 
       if (last && p_.dh0 == nullptr) {
-        store_results(now);
+        finish_step(now);
         break;
       }
       if (over) continue;
+      // Of two pairs the gradients would take too many registers through the product.
+      if (kPairs > 1) finish_step(now);
       const auto look_ahead = [&] {
-        store_results(now);
+        if (kPairs == 1) finish_step(now);
         move_stores(now, earlier);
         prepare();
         load(s + 2, earlier, next, last_seen);
@@ -503,6 +557,7 @@ class ClusterBackward {
       RNNLM_UNROLL
       for (int pair = 0; pair < kPairs; ++pair) store_initial(pair, later);
     }
+    if (p_.bias_partials != nullptr) store_biases();
     if constexpr (kCtas > 1) signal_.end();
   }
 
@@ -647,13 +702,11 @@ class ClusterBackward {
 
   RNNLM_DEVICE void gradients(int pair, int s, int later, int now) {
     const bool held = holds(pair, now);
-    const uint32_t mask = held ? ~0u : 0;
     if (p_.dh0 != nullptr && !held) store_initial(pair, later);
     const bool goes_on = batch_row(pair) < later;
     Word<T> last = {};
     if (held && !goes_on && p_.grad_h_n != nullptr)
       last = load_word(place(p_.grad_h_n, 0, 1) + offset(pair, 1, 0));
-    float d[2][Unit::kStored];
     RNNLM_UNROLL
     for (int e = 0; e < 2; ++e) {
       const float inner = goes_on ? carry_[pair][e] + product_[pair][e] : value_of<T>(last, e);
@@ -661,32 +714,30 @@ class ClusterBackward {
       float dc = dc_[pair][e];
       if (Unit::kHasCells && p_.grad_cells != nullptr && held)
         dc += place(p_.grad_cells, first_of(s), 1)[offset(pair, 1, 0) + e];
-      Unit::gradients(slopes_[pair][e], dh, carry_[pair][e], dc, d[e]);
+      Unit::gradients(slopes_[pair][e], dh, carry_[pair][e], dc, d_[pair][e]);
       // A row that has not begun waits with what it starts from.
-      dc_[pair][e] = blend(mask, dc, dc_[pair][e]);
+      dc_[pair][e] = blend(held ? ~0u : 0, dc, dc_[pair][e]);
     }
-    RNNLM_UNROLL
-    for (int i = 0; i < Unit::kStored; ++i)
-      words_[pair][i] = blend(mask, word_of<T>(d[0][i], d[1][i]), Word<T>{});
   }
-  RNNLM_DEVICE void reset_gradients(int pair, int now) {
+  RNNLM_DEVICE void reset_gradients(int pair) {
     if constexpr (Unit::kResetsBefore) {
-      const uint32_t mask = holds(pair, now) ? ~0u : 0;
-      float d[2];
       RNNLM_UNROLL
       for (int e = 0; e < 2; ++e) {
-        d[e] = Unit::reset_gradient(slopes_[pair][e], product_[pair][e], carry_[pair][e]);
+        d_[pair][e][0] = Unit::reset_gradient(slopes_[pair][e], product_[pair][e], carry_[pair][e]);
       }
-      words_[pair][0] = blend(mask, word_of<T>(d[0], d[1]), Word<T>{});
     }
   }
-  RNNLM_DEVICE void publish(int s, int gate) {
+  RNNLM_DEVICE Word<T> word(int pair, int i) const {
+    return word_of<T>(d_[pair][0][i], d_[pair][1][i]);
+  }
+  RNNLM_DEVICE void publish(int s, int now, int gate) {
     RNNLM_UNROLL
     for (int pair = 0; pair < kPairs; ++pair) {
       const int k = gate * Config::kUnits + local_unit();
+      const uint32_t mask = holds(pair, now) ? ~0u : 0;
       *reinterpret_cast<Word<T>*>(slots_ + (s & 1) * Config::kSlotBytes +
                                   state_word<T>(k, column(pair))) =
-          as_operand<Product>(words_[pair][Unit::published(gate)]);
+          as_operand<Product>(blend(mask, word(pair, Unit::published(gate)), Word<T>{}));
     }
   }
 
@@ -712,6 +763,12 @@ class ClusterBackward {
       signal_.wait(n);
       receive_sums(n);
     }
+  }
+
+  // What is done with the gradients besides multiplying them.
+  RNNLM_DEVICE void finish_step(int rows) {
+    store_results(rows);
+    if (p_.bias_partials != nullptr) add_biases(rows);
   }
 
   // --- exchange
@@ -758,6 +815,66 @@ class ClusterBackward {
     }
   }
 
+  // --- gradients of biases
+
+  // Adds those of a step that holds `rows` rows.
+  RNNLM_DEVICE void add_biases(int rows) {
+    RNNLM_UNROLL
+    for (int i = 0; i < Unit::kBiases; ++i) {
+      float sums[2];
+      biases_.load(i, sums);
+      RNNLM_UNROLL
+      for (int pair = 0; pair < kPairs; ++pair) {
+        if (!holds(pair, rows)) continue;
+        RNNLM_UNROLL
+        for (int e = 0; e < 2; ++e) sums[e] += d_[pair][e][i];
+      }
+      biases_.store(i, sums);
+    }
+  }
+
+  // Adds up the lanes that share two units: a quad of a warp and, in a cluster, one of another that
+  // hands its sums over in the slot of the step before the last, where nobody reads any more.
+  RNNLM_DEVICE void store_biases() {
+    float sums[Unit::kBiases][2];
+    RNNLM_UNROLL
+    for (int i = 0; i < Unit::kBiases; ++i) {
+      biases_.load(i, sums[i]);
+      RNNLM_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        sums[i][e] += ptx::shuffle_xor(sums[i][e], 1);
+        sums[i][e] += ptx::shuffle_xor(sums[i][e], 2);
+      }
+    }
+    bool stores = lane_t(lane_) == 0 && unit() < p_.hidden;
+    if constexpr (kCtas > 1) {
+      static_assert(Unit::kBiases * Config::kUnits * int(sizeof(float)) <= Config::kSlotBytes);
+      float* others = reinterpret_cast<float*>(slots_ + (steps_ & 1) * Config::kSlotBytes);
+      const bool hands_over = warp_ >= Config::kOwnTiles;
+      if (stores && hands_over) {
+        RNNLM_UNROLL
+        for (int i = 0; i < Unit::kBiases; ++i)
+          store_floats(others + i * Config::kUnits + local_unit(), sums[i]);
+      }
+      __syncthreads();
+      stores = stores && !hands_over;
+      if (stores) {
+        RNNLM_UNROLL
+        for (int i = 0; i < Unit::kBiases; ++i) {
+          float other[2];
+          load_floats(others + i * Config::kUnits + local_unit(), other);
+          RNNLM_UNROLL
+          for (int e = 0; e < 2; ++e) sums[i][e] += other[e];
+        }
+      }
+    }
+    if (!stores) return;
+    const int64_t cluster = row_ / kClusterRows;
+    float* to = p_.bias_partials + cluster * (Unit::kBiases * p_.hidden) + unit();
+    RNNLM_UNROLL
+    for (int i = 0; i < Unit::kBiases; ++i) store_floats(to + i * p_.hidden, sums[i]);
+  }
+
   // --- global memory
 
   RNNLM_DEVICE void store_results(int rows) const {
@@ -766,9 +883,8 @@ class ClusterBackward {
       if (!holds(pair, rows)) continue;
       RNNLM_UNROLL
       for (int gate = 0; gate < Unit::kGates; ++gate)
-        store_word(dgates_to_ + offset(pair, Unit::kGates, gate), words_[pair][gate]);
-      if constexpr (!Unit::kHasCells)
-        store_word(candidate_to_ + offset(pair, 1, 0), words_[pair][3]);
+        store_word(dgates_to_ + offset(pair, Unit::kGates, gate), word(pair, gate));
+      if constexpr (!Unit::kHasCells) store_word(candidate_to_ + offset(pair, 1, 0), word(pair, 3));
     }
   }
   // For a row of the step computed last, which held `rows`.
@@ -786,6 +902,7 @@ class ClusterBackward {
   Weights weights_;
   unsigned char* sums_;  // that came from the cluster
   ClusterSignal<kCtas> signal_;
+  BiasSums<Unit::kBiases, Config::kBiasesInShared, Config::kThreads> biases_;
   int lane_, warp_, rank_;
   int row_;    // the cluster's first batch row
   int steps_;  // that hold rows of it
@@ -796,7 +913,7 @@ class ClusterBackward {
   Word<T> outer_[kPairs];  // grad_output
   // Of this step: dh's parts, dc, and the gradients.
   float product_[kPairs][2], carry_[kPairs][2], dc_[kPairs][2];
-  Word<T> words_[kPairs][Unit::kStored];
+  float d_[kPairs][2][Unit::kStored];  // of rows that the step does not hold, anything
   T *dgates_to_, *candidate_to_;
   const T *saved_from_, *grad_output_from_, *output_from_;
   const float* cells_from_;

@@ -26,6 +26,13 @@
 //      memory, and is of the fewer k the more rows there are.
 //   3. partial sums to shared memory, the only __syncthreads of the pass, and the sum over warps.
 //   4. dh, a few multiply-adds, and the words to publish. Nothing is released or fenced.
+//   5. where gradients of the biases are wanted, the float32 values of what was published are added
+//      to sums of the thread's own. They lie in the gaps that keep columns of partial sums in banks
+//      of their own: shared memory that costs nothing, where registers are short.
+//
+// A thread thus sums over all steps of those rows that are the same one of a pass. After the last
+// step the CTA adds up the rows of a pass and stores the sums of its units in its group's row of
+// `bias_partials`; kernels/bias_grad.cuh adds up the groups.
 //
 // Sums run in a fixed order. A wait that gives up leaves word in `gave_up`, which all threads read
 // after the barrier and then return: nothing is published beyond that step.
@@ -58,6 +65,8 @@ struct GridBackwardParams {
   T* candidate;                     // [N, H]; GRU; with the reset after filled likewise
   T* dh0;                           // [B, H], or null, together with dc0: not wanted
   T* dc0;                           // [B, H]; LSTM
+  // [groups, kBiasGates * H], or null: not wanted. Each group's sums over its rows and all steps.
+  Arithmetic<T>* bias_partials;
   uint32_t* abort_word;
   WaitLimit limit;
 };
@@ -72,12 +81,20 @@ struct GridBackwardElement {
   bool joins;  // forward took the row no further than this step
 };
 
+// Gradients of an element's gates in the order of their biases, or sums of such: LSTM i, f, g, o;
+// GRU r, z, n and, with the reset after, W_hn h + b_hn. 0 where there is no such gate.
+struct alignas(16) GridBackwardGates {
+  float of[4];
+};
+
 // --- what a unit does in a step ------------------------------------------------------------------
 //
 // Each cell keeps one number per element from step to step (`state`): LSTM dc, GRU the part of dh
 // that does not pass through the product. prepare() does all that needs no dh; finish_step() goes
-// on from the product; finish_row() serves rows whose first step was the step before. All lanes of
-// a warp call finish_step() together; elements that are not live change nothing.
+// on from the product and returns the gradients as they were before they were rounded (GRU with the
+// reset before: finish_reset() returns r's); finish_row() serves rows whose first step was the step
+// before. All lanes of a warp call finish_step() together; elements that are not live change
+// nothing, and what is returned of them means nothing.
 //
 // The rows of W_hh are held in one or two parts: gates 0 .. kFirstGates - 1, then the rest. The
 // first part multiplies the first gates of dgates.
@@ -115,7 +132,7 @@ struct LstmGridBackward {
   using Params = GridBackwardParams<T>;
   using Math = ScalarMath<float>;
   static constexpr int kGates = 4, kFirstGates = 4;
-  static constexpr int kSavedGates = 4;
+  static constexpr int kSavedGates = 4, kBiasGates = 4;
   static constexpr int kExchanges = 1;
   static constexpr bool kRestInCandidate = false;
 
@@ -139,14 +156,16 @@ struct LstmGridBackward {
     ready.dc += state;
     return ready;
   }
-  static RNNLM_DEVICE void finish_step(const Params& p, bool live, int unit, const Ready& ready,
-                                       float product, float& state) {
+  static RNNLM_DEVICE GridBackwardGates finish_step(const Params& p, bool live, int unit,
+                                                    const Ready& ready, float product,
+                                                    float& state) {
     const LstmSlopes<float>& slope = ready.slope;
     const float dh = product + ready.dh, d_c = Math::fma(dh, slope.h, ready.dc);
-    publish_pair(live, unit, ready.i_or_f, d_c * slope.i, d_c * slope.f);
-    T* g_or_o = ready.i_or_f + 2 * int64_t{p.hidden};
-    publish_pair(live, unit, g_or_o, d_c * slope.g, dh * slope.o);
+    const float i = d_c * slope.i, f = d_c * slope.f, g = d_c * slope.g, o = dh * slope.o;
+    publish_pair(live, unit, ready.i_or_f, i, f);
+    publish_pair(live, unit, ready.i_or_f + 2 * int64_t{p.hidden}, g, o);
     if (live) state = d_c * slope.c;
+    return {{i, f, g, o}};
   }
   static RNNLM_DEVICE void finish_row(const Params& p, int batch_row, int unit, float product,
                                       float state) {
@@ -198,7 +217,7 @@ struct GruAfterGridBackward : GruGridBackward<T> {
   using Base = GruGridBackward<T>;
   using typename Base::Math;
   using typename Base::Params;
-  static constexpr int kSavedGates = 4;
+  static constexpr int kSavedGates = 4, kBiasGates = 4;
   static constexpr int kExchanges = 1;
   static constexpr bool kRestInCandidate = true;  // W_hn multiplies the gradient of hn
 
@@ -219,12 +238,15 @@ struct GruAfterGridBackward : GruGridBackward<T> {
             Base::known_dh(p, e, state), pair_place(e.unit, d, d + H),
             pair_place(e.unit, Base::candidate(p, e), d + 2 * H)};
   }
-  static RNNLM_DEVICE void finish_step(const Params&, bool live, int unit, const Ready& ready,
-                                       float product, float& state) {
-    const float dh = product + ready.dh, a_n = dh * ready.update.a_n;
-    publish_pair(live, unit, ready.r_or_z, a_n * ready.reset.a_r, dh * ready.update.a_z);
-    publish_pair(live, unit, ready.hn_or_n, a_n * ready.reset.d_hn, a_n);
+  static RNNLM_DEVICE GridBackwardGates finish_step(const Params&, bool live, int unit,
+                                                    const Ready& ready, float product,
+                                                    float& state) {
+    const float dh = product + ready.dh, n = dh * ready.update.a_n;
+    const float r = n * ready.reset.a_r, z = dh * ready.update.a_z, hn = n * ready.reset.d_hn;
+    publish_pair(live, unit, ready.r_or_z, r, z);
+    publish_pair(live, unit, ready.hn_or_n, hn, n);
     if (live) state = dh * ready.update.h_direct;
+    return {{r, z, n, hn}};
   }
 };
 
@@ -233,7 +255,7 @@ struct GruBeforeGridBackward : GruGridBackward<T> {
   using Base = GruGridBackward<T>;
   using typename Base::Math;
   using typename Base::Params;
-  static constexpr int kSavedGates = 3;
+  static constexpr int kSavedGates = 3, kBiasGates = 3;
   static constexpr int kExchanges = 2;
   static constexpr bool kRestInCandidate = false;
 
@@ -250,11 +272,13 @@ struct GruBeforeGridBackward : GruGridBackward<T> {
     return {gru_update_backward<Math>(gates.z, gates.n, Base::h_before(p, e), 1.0f),
             Base::known_dh(p, e, state), pair_place(e.unit, d + 2 * H, d + H)};
   }
-  static RNNLM_DEVICE void finish_step(const Params&, bool live, int unit, const Ready& ready,
-                                       float product, float& state) {
-    const float dh = product + ready.dh;
-    publish_pair(live, unit, ready.n_or_z, dh * ready.update.a_n, dh * ready.update.a_z);
+  static RNNLM_DEVICE GridBackwardGates finish_step(const Params&, bool live, int unit,
+                                                    const Ready& ready, float product,
+                                                    float& state) {
+    const float dh = product + ready.dh, n = dh * ready.update.a_n, z = dh * ready.update.a_z;
+    publish_pair(live, unit, ready.n_or_z, n, z);
     if (live) state = dh * ready.update.h_direct;
+    return {{0, z, n, 0}};
   }
 
   // Second exchange: q, the gradient of r * h, and from it da_r.
@@ -269,10 +293,13 @@ struct GruBeforeGridBackward : GruGridBackward<T> {
     return {gru_reset_before_backward<Math>(r, h, 1.0f), r * h,
             pair_place(e.unit, Base::dgates(p, e), Base::candidate(p, e))};
   }
-  static RNNLM_DEVICE void finish_reset(bool live, int unit, const ReadyForReset& ready, float q,
-                                        float& state) {
-    publish_pair(live, unit, ready.r_or_reset_h, q * ready.reset.a_r, ready.reset_h);
+  static RNNLM_DEVICE GridBackwardGates finish_reset(bool live, int unit,
+                                                     const ReadyForReset& ready, float q,
+                                                     float& state) {
+    const float r = q * ready.reset.a_r;
+    publish_pair(live, unit, ready.r_or_reset_h, r, ready.reset_h);
     if (live) state += q * ready.reset.h_direct;
+    return {{r, 0, 0, 0}};
   }
 };
 
@@ -393,6 +420,7 @@ class GridBackward {
     }
     load_weights();
     __syncthreads();
+    if (p_.bias_partials != nullptr && has_element()) bias_sums(threadIdx.x) = {{0, 0, 0, 0}};
 
     const bool wants_initial = p_.dh0 != nullptr;
     // After the last step what is left is the gradient of the initial state.
@@ -413,6 +441,7 @@ class GridBackward {
           if (!run_reset(i, first)) return;
       }
     }
+    if (p_.bias_partials != nullptr) store_bias_partials();
   }
 
  private:
@@ -887,7 +916,7 @@ class GridBackward {
     float dh = waits ? product() : 0.0f;
     if (leave) return false;
     if (mine.joins) dh = 0;
-    Cell::finish_step(p_, mine.live, unit_, mine.ready, dh, state(first));
+    add_to_biases(mine.live, Cell::finish_step(p_, mine.live, unit_, mine.ready, dh, state(first)));
     if (!mine.live && !mine.joins && p_.dh0 != nullptr && unit_ < p_.hidden)
       Cell::finish_row(p_, first + column_, unit_, dh, state(first));
     return true;
@@ -908,8 +937,41 @@ class GridBackward {
     const Parked<Ready> mine = parked<Ready>();
     const float q = product();
     if (leave) return false;
-    Cell::finish_reset(mine.live, unit_, mine.ready, q, state(first));
+    add_to_biases(mine.live, Cell::finish_reset(mine.live, unit_, mine.ready, q, state(first)));
     return true;
+  }
+
+  // --- gradients of the biases ---
+
+  // What a thread with an element has added up. Behind the 16 units of each column of the partial
+  // sums lie 4 floats that are none: in both sets together, as many as there are elements.
+  RNNLM_DEVICE GridBackwardGates& bias_sums(int thread) const {
+    static_assert(sizeof(GridBackwardGates) ==
+                  (Partials::kStride - Config::kUnits) * sizeof(float));
+    static_assert(2 * Config::kWarps * Config::kColumns == Config::kPassElements);
+    float* column = reinterpret_cast<float*>(partials_) + thread * Partials::kStride;
+    return *reinterpret_cast<GridBackwardGates*>(column + Config::kUnits);
+  }
+  RNNLM_DEVICE void add_to_biases(bool live, const GridBackwardGates& gates) const {
+    if (!live || p_.bias_partials == nullptr) return;
+    GridBackwardGates sums = bias_sums(threadIdx.x);
+    RNNLM_UNROLL
+    for (int gate = 0; gate < Cell::kBiasGates; ++gate) sums.of[gate] += gates.of[gate];
+    bias_sums(threadIdx.x) = sums;
+  }
+  // Half a warp adds up a gate, a lane a unit: over the threads that have it, each of them half a
+  // warp from the next.
+  RNNLM_DEVICE void store_bias_partials() const {
+    __syncthreads();
+    const int thread = lane_ % Config::kUnits;
+    const int gate = static_cast<int>(threadIdx.x) / Config::kUnits;
+    if (gate >= Cell::kBiasGates || unit_ >= p_.hidden) return;
+    float sum = bias_sums(thread).of[gate];
+    RNNLM_UNROLL
+    for (int i = 1; i < Config::kColumns; ++i)
+      sum += bias_sums(thread + i * Config::kUnits).of[gate];
+    const int64_t row = int64_t{blockIdx.y} * Cell::kBiasGates + gate;
+    p_.bias_partials[row * p_.hidden + unit_] = sum;
   }
 
   const Params& p_;

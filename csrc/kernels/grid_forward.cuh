@@ -12,7 +12,8 @@
 //   gather   each warp polls the words of its k in the previous step's `output` (device/exchange.h)
 //            with 16-byte loads that land in the registers that the tensor cores read. With plain
 //            multiply-adds they go on into a window of shared memory of the warp, as every lane
-//            needs what the others have (device/fma.h);
+//            needs what the others have (device/fma.h). CTAs may also gather in pairs, through
+//            shared memory (kernels/grid_gather.cuh);
 //   multiply and leave partial sums in shared memory, one of two buffers. Plain multiply-adds take
 //            four rows together, as the weights in shared memory are read once for all of them,
 //            then two, then one, and none that no row of the step needs;
@@ -37,6 +38,7 @@
 #include "device/fma.h"
 #include "device/product.h"
 #include "device/sequence.h"
+#include "kernels/grid_gather.cuh"
 
 namespace rnnlm {
 
@@ -96,9 +98,11 @@ struct GridExchange<GruBeforeCell<T>, 1> {
 };
 
 // Product: TensorCore16, HeldTf32 or HeldFma. kFragments: of each weight row, in each warp.
-// kTiles: tiles of 8 batch rows in a pass.
-template <class Product_, template <class> class Cell_, int kFragments_, int kTiles_>
+// kTiles: tiles of 8 batch rows in a pass. Gather: PolledGather or PairedGather.
+template <class Product_, template <class> class Cell_, int kFragments_, int kTiles_,
+          class Gather_ = PolledGather>
 struct GridForwardConfig {
+  using Gather = Gather_;
   using Product = Product_;
   using T = typename Product::Element;
   using A = typename Product::Accumulator;
@@ -112,6 +116,7 @@ struct GridForwardConfig {
   static constexpr int kPassRows = kTiles * kTileColumns;
 
   static constexpr bool kIsFma = kIsHeldFma<Product>;
+  static constexpr bool kIsPaired = Gather::kIsPaired;
   static constexpr bool kIsTf32 = std::is_same_v<Product, HeldTf32>;
   static constexpr bool kIsLstm = std::is_same_v<Cell, LstmCell<T>>;
   static constexpr int kExchanges = std::is_same_v<Cell, GruBeforeCell<T>> ? 2 : 1;
@@ -132,7 +137,7 @@ struct GridForwardConfig {
   static constexpr int kHeld = kVectors < kRoom ? kVectors : kRoom;
   static constexpr int kInShared = kVectors - kHeld;
   // Whether a pass may load h for the next one while it finishes: where registers are left.
-  static constexpr bool kLooksAhead = kAllRows * kHeld * 4 + 4 * kFragments <= 144;
+  static constexpr bool kLooksAhead = !kIsPaired && kAllRows * kHeld * 4 + 4 * kFragments <= 144;
 
   // Plain multiply-adds: columns of a tile that are multiplied together, and the window of shared
   // memory through which a warp's lanes hand each other its k of 8 columns. Two neighbouring
@@ -146,15 +151,18 @@ struct GridForwardConfig {
   static constexpr int kWindowBytes =
       kIsFma ? kWarps * kTileColumns * kWindowPitch * int(sizeof(uint4)) : 0;
 
-  // Shared memory: weights, windows, two buffers of partial sums, c or h of the group's rows, z of
-  // a reset-before GRU's, flags.
+  // Shared memory: weights, windows, what the gather needs, two buffers of partial sums, c or h of
+  // the group's rows, z of a reset-before GRU's, flags.
   template <int kIndex>
   using Sums = PartialSums<A, Exchange<kIndex>::kRows * kTileRows, kPassRows, kWarps>;
   static constexpr int kWeightBytes = kInShared * kAllRows * kThreads * int(sizeof(uint4));
+  static constexpr int kGatherOffset = kWeightBytes + kWindowBytes;
+  static constexpr int kGatherBytes = Gather::shared_bytes(kFragments, kPassRows);
   static constexpr int kSumsBytes = Sums<0>::kBytes;
   static constexpr int kFlagBytes = 16;
   static constexpr int kRowState = kExchanges * kUnits;  // numbers of a batch row
-  static constexpr int kFixedBytes = kWeightBytes + kWindowBytes + 2 * kSumsBytes + kFlagBytes;
+  static constexpr int kFixedBytes =
+      kWeightBytes + kWindowBytes + kGatherBytes + 2 * kSumsBytes + kFlagBytes;
   static constexpr int kLeastSharedBytes = kFixedBytes + kPassRows * kRowState * int(sizeof(A));
   static constexpr int64_t shared_bytes(int64_t group_rows) {
     const int64_t rows = (group_rows + kPassRows - 1) / kPassRows * kPassRows;
@@ -319,13 +327,6 @@ RNNLM_DEVICE void publish_pair(T* p, const float (&a)[2]) {
   }
 }
 
-RNNLM_DEVICE int smaller(int a, int b) {
-  return a < b ? a : b;
-}
-RNNLM_DEVICE int larger(int a, int b) {
-  return a > b ? a : b;
-}
-
 // --- steps ---------------------------------------------------------------------------------------
 
 // Walks over the steps and knows the rows of this one and both neighbours. For packed rows it reads
@@ -383,11 +384,14 @@ class GridForward {
   static constexpr int kFragments = Config::kFragments;
   static_assert(Product::kStateRows == 1, "a lane polls one row");
 
+  using Pair = std::conditional_t<Config::kIsPaired, GridPair<Config>, NoGridPair>;
+
   // What a lane loads of h: vectors 64 bytes apart of one row.
   struct Source {
     const uint4* vectors;
     int count;  // 0: the row does not take part
     bool polled;
+    uint4* copied;  // where a pair's copy of the vectors lies in shared memory; 0 beyond the row
   };
   // A pass of a step: rows from b on.
   struct Place {
@@ -407,7 +411,7 @@ class GridForward {
     uint4* weights = reinterpret_cast<uint4*>(shared);
     shared += Config::kWeightBytes;
     window_ = reinterpret_cast<uint4*>(shared + warp() * (Config::kWindowBytes / Config::kWarps));
-    shared += Config::kWindowBytes;
+    shared += Config::kWindowBytes + Config::kGatherBytes;
     sums_ = reinterpret_cast<A*>(shared);
     flags_ = reinterpret_cast<uint32_t*>(shared + 2 * Config::kSumsBytes);
     state_ = reinterpret_cast<A*>(flags_ + Config::kFlagBytes / 4);
@@ -439,11 +443,18 @@ class GridForward {
           b < group_end_ && unit < p_.hidden ? to_arithmetic(initial[int64_t{b} * p_.hidden + unit])
                                              : A(0);
     }
-    if (threadIdx.x < 2) flags_[threadIdx.x] = 0;
+    if (threadIdx.x < 4) flags_[threadIdx.x] = 0;
     __syncthreads();
+    if constexpr (Config::kIsPaired) pair_.begin();
   }
 
   RNNLM_DEVICE void run() {
+    run_steps();
+    if constexpr (Config::kIsPaired) pair_.end();
+  }
+
+ private:
+  RNNLM_DEVICE void run_steps() {
     // In reverse, rows of packed sequences start late; forward they end early.
     while (!steps_.done() && steps_.rows <= group_begin_) {
       steps_.look_ahead();
@@ -462,7 +473,6 @@ class GridForward {
     }
   }
 
- private:
   RNNLM_DEVICE int warp() const { return thread_ / 32; }
   RNNLM_DEVICE int lane() const { return thread_ % 32; }
   RNNLM_DEVICE int q() const { return thread_ % 4; }
@@ -482,36 +492,43 @@ class GridForward {
 
   // --- gather
 
-  RNNLM_DEVICE Source source(const T* row, bool takes_part, bool polled) const {
-    const int k = warp() * fragments_ * Product::kStep + Product::k_of(lane());
-    return {reinterpret_cast<const uint4*>(row + k), takes_part ? lane_fragments_ : 0, polled};
-  }
   // h of row b before a step of `rows` rows, whose previous step had `previous_rows` from row
   // `previous_first` on: of the initial state where this is the row's first step.
-  RNNLM_DEVICE Source state_before(int b, int rows, int previous_rows,
-                                   int64_t previous_first) const {
+  RNNLM_DEVICE GridRow<T> state_before(int b, int rows, int previous_rows,
+                                       int64_t previous_first) const {
     const bool starts = b >= previous_rows;
     const T* row =
         starts ? p_.h0 + int64_t{b} * p_.hidden : p_.output + (previous_first + b) * p_.hidden;
-    return source(row, takes_part(b, rows), !starts);
+    return {row, takes_part(b, rows), !starts};
   }
+  // What is gathered for row `i` of a pass ...
   template <int kIndex>
-  RNNLM_DEVICE Source source_of(int pass, int tile) const {
-    const int b = group_begin_ + pass * Config::kPassRows + tile * kTileColumns +
-                  Product::state_row(lane(), 0);
+  RNNLM_DEVICE GridRow<T> gathered(int pass, int i) const {
+    const int b = group_begin_ + pass * Config::kPassRows + i;
     if constexpr (kIndex == 1) {
-      return source(p_.reset_h + (steps_.first + b) * p_.hidden, takes_part(b, steps_.rows), true);
+      return {p_.reset_h + (steps_.first + b) * p_.hidden, takes_part(b, steps_.rows), true};
     } else {
       return state_before(b, steps_.rows, steps_.previous_rows, steps_.previous_first());
     }
   }
-  // First tile of what follows this pass.
+  // ... and of what follows it.
   template <int kIndex>
-  RNNLM_DEVICE Source source_after(int pass) const {
-    if (pass + 1 < passes_) return source_of<kIndex>(pass + 1, 0);
-    if constexpr (kIndex + 1 < Config::kExchanges) return source_of<kIndex + 1>(0, 0);
-    return state_before(group_begin_ + Product::state_row(lane(), 0), steps_.next_rows, steps_.rows,
-                        steps_.first);
+  RNNLM_DEVICE GridRow<T> gathered_after(int pass, int i) const {
+    if (pass + 1 < passes_) return gathered<kIndex>(pass + 1, i);
+    if constexpr (kIndex + 1 < Config::kExchanges) return gathered<kIndex + 1>(0, i);
+    return state_before(group_begin_ + i, steps_.next_rows, steps_.rows, steps_.first);
+  }
+
+  // `i`: the row's place in its pass.
+  RNNLM_DEVICE Source source(const GridRow<T>& row, int i) const {
+    const int k = warp() * fragments_ * Product::kStep + Product::k_of(lane());
+    uint4* copied = nullptr;
+    if constexpr (Config::kIsPaired) copied = pair_.copied(buffer_, i, k);
+    return {reinterpret_cast<const uint4*>(row.values + k), row.takes_part ? lane_fragments_ : 0,
+            row.polled && (!Config::kIsPaired || row.takes_part), copied};
+  }
+  RNNLM_DEVICE int row_of_tile(int tile) const {
+    return tile * kTileColumns + Product::state_row(lane(), 0);
   }
 
   static RNNLM_DEVICE uint4 load_h(const Source& s, int f) {
@@ -547,16 +564,62 @@ class GridForward {
   RNNLM_DEVICE void multiply_tile(const Weights& weights, const Sums& own, int tile,
                                   const Source& next, bool loads_next) {
     typename Weights::Sums d;
-    RNNLM_UNROLL
-    for (auto& tile_sums : d) {
-      RNNLM_UNROLL
-      for (A& sum : tile_sums) sum = 0;
-    }
+    set_zero(d);
     RNNLM_UNROLL
     for (int f = 0; f < kFragments; ++f) {
       if (f == 0 || f < fragments_) weights.multiply(f, h_[f], d);
       if (loads_next) h_[f][0] = load_h(next, f);
     }
+    store_sums<Weights>(own, tile, d);
+  }
+  // The same of a pair's copy, which is multiplied as it is and then, if words turn out to have
+  // been missing, once more with these. False: gave up.
+  template <class Weights, class Sums>
+  RNNLM_DEVICE bool multiply_copied(const Weights& weights, const Sums& own, int tile,
+                                    const Source& s, bool gave_up) {
+    typename Weights::Sums d;
+    while (true) {
+      set_zero(d);
+      bool missing = false;
+      RNNLM_UNROLL
+      for (int f = 0; f < kFragments; ++f) {
+        if (f > 0 && f >= fragments_) break;
+        const uint4 h[1] = {s.copied[4 * f]};
+        missing |= !complete(h[0]);
+        weights.multiply(f, h, d);
+      }
+      if (gave_up || !ptx::warp_any(missing && s.polled)) break;
+      gave_up = !complete_copy(s);
+    }
+    store_sums<Weights>(own, tile, d);
+    return !gave_up;
+  }
+  // Polls what is missing of a lane's vectors where it was published.
+  RNNLM_DEVICE bool complete_copy(const Source& s) const {
+    Wait wait(p_.abort_word, p_.wait_limit);
+    bool going_on = true;
+    RNNLM_NO_UNROLL
+    for (int f = 0; f < fragments_ && going_on; ++f) {
+      uint4 h = s.copied[4 * f];
+      while (going_on && ptx::warp_any(s.polled && !complete(h))) {
+        going_on = !ptx::warp_any(!wait.again());
+        if (s.polled && !complete(h)) h = ptx::ld_relaxed_v4(s.vectors + 4 * f);
+      }
+      s.copied[4 * f] = h;
+    }
+    ptx::fence_async_overwriting();
+    return going_on;
+  }
+  template <class Sums>
+  static RNNLM_DEVICE void set_zero(Sums& d) {
+    RNNLM_UNROLL
+    for (auto& tile_sums : d) {
+      RNNLM_UNROLL
+      for (A& sum : tile_sums) sum = 0;
+    }
+  }
+  template <class Weights, class Sums>
+  static RNNLM_DEVICE void store_sums(const Sums& own, int tile, typename Weights::Sums& d) {
     RNNLM_UNROLL
     for (int m = 0; m < Weights::kRows; ++m) {
       if constexpr (Weights::kChains == 2) {
@@ -625,8 +688,10 @@ class GridForward {
     using Sums = typename Config::template Sums<kIndex>;
     A* const buffer = sums_ + buffer_ * (Config::kSumsBytes / sizeof(A));
     const bool ahead = Config::kLooksAhead && passes_ > 1;
-    Source now = source_of<kIndex>(pass, 0);
-    if (!loaded_) {
+    if constexpr (Config::kIsPaired)
+      pair_.fetch(p_, buffer_, gathered<kIndex>(pass, pair_.fetched_row()), over_);
+    Source now = source(gathered<kIndex>(pass, row_of_tile(0)), row_of_tile(0));
+    if (!Config::kIsPaired && !loaded_) {
       RNNLM_UNROLL
       for (int f = 0; f < kFragments; ++f) h_[f][0] = load_h(now, f);
     }
@@ -634,16 +699,29 @@ class GridForward {
     const PairOfX x = x_;
     load_x_after<kIndex>(pass);
     steps_.look_ahead();
+    bool gave_up = false;
+    if constexpr (Config::kIsPaired) {
+      const int rows = smaller(smaller(steps_.rows, group_end_) - place(pass).b, Config::kPassRows);
+      const bool lost = !pair_.await(p_, buffer_, rows, passes_ > 1,
+                                     gathered_after<kIndex>(pass, pair_.fetched_row()), over_);
+      if (lost && lane() == 0) flags_[2 + buffer_] = 1;
+      gave_up = over_ || lost;
+    }
 
     // Where this lane stores, worked out before the wait.
     const Sums own{buffer + ptx::computed(place_of_store<Sums>())};
-    bool gave_up = false;
     RNNLM_UNROLL
     for (int tile = 0; tile < kTiles; ++tile) {
-      const Source next = tile + 1 < kTiles ? source_of<kIndex>(pass, tile + 1)
-                          : ahead           ? source_after<kIndex>(pass)
-                                            : Source{nullptr, 0, false};
+      const int i = row_of_tile(tile + 1);
+      const Source next = tile + 1 < kTiles ? source(gathered<kIndex>(pass, i), i)
+                          : ahead ? source(gathered_after<kIndex>(pass, row_of_tile(0)), 0)
+                                  : Source{nullptr, 0, false, nullptr};
       const bool loads_next = tile + 1 < kTiles || ahead;
+      if constexpr (Config::kIsPaired) {
+        gave_up = !multiply_copied(weights, own, tile, now, gave_up);
+        now = next;
+        continue;
+      }
       gave_up = gave_up || !await(now);
       if constexpr (Config::kIsFma) {
         share_h();
@@ -661,6 +739,13 @@ class GridForward {
     loaded_ = ahead;
     if (gave_up && lane() == 0) flags_[buffer_] = 1;
     const bool going_on = finish<kIndex>(buffer, x, place(pass));
+    if constexpr (Config::kIsPaired) {
+      pair_.release(buffer_);
+      over_ = !going_on;
+      const bool alone = over_ && flags_[2 + buffer_] != 0;
+      buffer_ ^= 1;
+      return !alone;
+    }
     buffer_ ^= 1;
     return going_on;
   }
@@ -862,12 +947,15 @@ class GridForward {
   uint32_t* flags_;
   A* state_;
   int buffer_ = 0;
+  Pair pair_;
+  bool over_ = false;  // of a pair: given up, and only there for the partner
 };
 
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     grid_forward_kernel(GridForwardParams<typename Config::T> params) {
-  if constexpr (Config::kLeastSharedBytes <= ptx::kMostSharedBytes)
+  if constexpr (Config::kLeastSharedBytes <= ptx::kMostSharedBytes &&
+                (!Config::kIsPaired || ptx::kHasMulticast))
     GridForward<Config>(params).run();
 }
 

@@ -64,6 +64,7 @@ Status backward(const LstmBackward& layer, const CudaCall& call, const ClusterPl
   p.dgates = static_cast<T*>(layer.dgates);
   p.dh0 = static_cast<T*>(layer.dh0);
   p.dc0 = static_cast<T*>(layer.dc0);
+  p.bias_partials = static_cast<float*>(call.bias_partials);
   return ClusterKernels<ClusterLstm, Product>::backward(p, call, plan);
 }
 
@@ -79,6 +80,7 @@ Status backward(const GruBackward& layer, const CudaCall& call, const ClusterPla
   p.dgates = static_cast<T*>(layer.dgates);
   p.candidate = static_cast<T*>(layer.candidate);
   p.dh0 = static_cast<T*>(layer.dh0);
+  p.bias_partials = static_cast<float*>(call.bias_partials);
   if (layer.reset_before) return ClusterKernels<ClusterGruBefore, Product>::backward(p, call, plan);
   return ClusterKernels<ClusterGruAfter, Product>::backward(p, call, plan);
 }

@@ -52,6 +52,8 @@ constexpr int64_t cluster_shared_bytes(Cell cell, Pass pass, ClusterProduct prod
   const int64_t slots = 2 * 512 * int64_t{fragments};
   const int64_t sums = forward || block ? 0 : 2 * 512 * int64_t{build.ctas} * (units / 16);
   const int64_t others = slots + sums + (block ? 0 : 16);
+  // Gradients of biases: two units a thread, where these sums are not in registers.
+  const int64_t bias_sums = (cell == Cell::gru_before ? 3 : 4) * int64_t{8} * threads;
   if (product == ClusterProduct::multiply_adds) {
     // Vectors of 4 k of each of a lane's rows.
     const int values = forward ? 2 * gates : 4 * tiles, vectors = fragments / 2;
@@ -62,12 +64,14 @@ constexpr int64_t cluster_shared_bytes(Cell cell, Pass pass, ClusterProduct prod
                      : forward               ? 33
                                              : 37;
     const int64_t row_sums = 1024 * int64_t{warps} + (forward ? 4 * threads : 0);  // and biases
-    return others + int64_t{all - held} * threads * 16 + row_sums;
+    const bool sums_biases = !forward && (block || (all > 32 && all <= 96));
+    return others + int64_t{all - held} * threads * 16 + row_sums + (sums_biases ? bias_sums : 0);
   }
   const int room = halves ? (forward ? 192 : 160) : block && !forward ? 96 : 128;
   const int of_many = halves && forward ? 112 : 96;
   const int held = fragments * tiles * 8 <= room ? fragments : of_many / (tiles * 8);
-  return others + int64_t{fragments - held} * tiles * 2 * 16 * threads;
+  return others + int64_t{fragments - held} * tiles * 2 * 16 * threads +
+         (block && !forward ? bias_sums : 0);
 }
 
 // More than this no GPU has: a build that needs it is not compiled.

@@ -15,7 +15,10 @@ struct CostModel {
   // Handing over the state of a step, first store to last CTA's load, beside the bytes.
   double payload_hop_us = 0.40;  // derived: a release-flag hop (0.56, quoted) without its MEMBAR
   double cluster_hop_us = 0.20;  // derived: DSMEM latency of 200 cycles (quoted) and a wake-up
-  double block_hop_us = 0.05;    // derived: two CTA barriers and a round through shared memory
+  // What a pair adds to the first: the copy is started when the look at its words has come back,
+  // and has to come back itself; two latencies of L2 less what the plain load waits for.
+  double pair_hop_us = 0.25;   // derived, as an assumption: nobody has measured it
+  double block_hop_us = 0.05;  // derived: two CTA barriers and a round through shared memory
 
   // Bytes per microsecond.
   double l2_all = 5.5e6;           // quoted: all SMs reading together

@@ -100,7 +100,14 @@ Status launch(const char* doing, void (*kernel)(Params), const LaunchShape& shap
   }
   config.attrs = attributes;
   config.numAttrs = count;
-  return cuda_status(cudaLaunchKernelEx(&config, kernel, params), doing);
+  cudaError_t error = cudaLaunchKernelEx(&config, kernel, params);
+  // No document says that clusters can be launched cooperatively, nor how that would be refused.
+  const bool both = shape.cluster > 1 && shape.cooperative;
+  if (both && (error == cudaErrorInvalidValue || error == cudaErrorInvalidConfiguration)) {
+    (void)cudaGetLastError();
+    error = cudaErrorNotSupported;
+  }
+  return cuda_status(error, doing);
 }
 
 // Enqueues the filling of memory with a byte.

@@ -29,6 +29,7 @@ GridBackwardParams<T> common_params(const Layer& layer, const CudaCall& call,
   p.saved = static_cast<const T*>(layer.saved);
   p.dgates = static_cast<T*>(layer.dgates);
   p.dh0 = static_cast<T*>(layer.dh0);
+  p.bias_partials = static_cast<Arithmetic<T>*>(call.bias_partials);
   p.abort_word = static_cast<uint32_t*>(call.workspace);
   p.limit = wait_limit();
   return p;

@@ -1,5 +1,6 @@
 // From a plan to an instance of kernels/grid_forward.cuh. The instances, eight per cell and
-// arithmetic, are in grid_forward_*.cu: one file each, so that they compile side by side.
+// arithmetic, are in grid_forward_*.cu: one file each, so that they compile side by side. Those
+// whose CTAs gather in pairs, three per cell and 16-bit dtype, are in grid_forward_pairs_*.cu.
 #pragma once
 
 #include "kernels/grid_forward.cuh"
@@ -32,25 +33,68 @@ Status launch_grid_forward_as(const GridForwardParams<typename Config::T>& param
   constexpr GridArithmetic kArithmetic = grid_forward_arithmetic<typename Config::Product>();
   constexpr int kFragments = Config::kFragments, kTiles = Config::kTiles;
   static_assert(Config::kTogether == kGridFmaRows);
+  constexpr bool kPairs = Config::kIsPaired;
   static_assert(Config::shared_bytes(8) ==
-                grid_forward_shared_bytes(kCell, kArithmetic, kFragments, kTiles, 8));
+                grid_forward_shared_bytes(kCell, kArithmetic, kFragments, kTiles, 8, kPairs));
   static_assert(Config::shared_bytes(40) ==
-                grid_forward_shared_bytes(kCell, kArithmetic, kFragments, kTiles, 40));
+                grid_forward_shared_bytes(kCell, kArithmetic, kFragments, kTiles, 40, kPairs));
   LaunchShape shape;
   shape.grid_x = static_cast<unsigned>(plan.ctas);
   shape.grid_y = static_cast<unsigned>(plan.groups);
   shape.threads = Config::kThreads;
   shape.shared = static_cast<std::size_t>(Config::shared_bytes(plan.rows));
   shape.cooperative = true;
+  if (kPairs) shape.cluster = 2;
   return launch_persistent("launching the grid tier's forward kernel", &grid_forward_kernel<Config>,
                            shape, call, params);
 }
+
+inline Status no_grid_forward(const GridPlan& plan) {
+  return Status::invalid_argument("the grid tier has no forward kernel with " +
+                                      std::to_string(plan.fragments) + " fragments and " +
+                                      std::to_string(plan.tiles) + " tiles",
+                                  "Take the plan that choose() makes");
+}
+
+// As launch_grid_forward(), of a plan of pairs.
+template <template <class> class CellOf, class Product>
+Status launch_grid_forward_pairs(const GridForwardParams<typename Product::Element>& params,
+                                 const CudaCall& call, const GridPlan& plan) {
+  using Pairs = PairedGather;
+  switch (10 * plan.fragments + plan.tiles) {
+    case 42:
+      return launch_grid_forward_as<GridForwardConfig<Product, CellOf, 4, 2, Pairs>>(params, call,
+                                                                                     plan);
+    case 61:
+      return launch_grid_forward_as<GridForwardConfig<Product, CellOf, 6, 1, Pairs>>(params, call,
+                                                                                     plan);
+    case 81:
+      return launch_grid_forward_as<GridForwardConfig<Product, CellOf, 8, 1, Pairs>>(params, call,
+                                                                                     plan);
+    default:
+      return no_grid_forward(plan);
+  }
+}
+
+#define RNNLM_GRID_FORWARD_PAIRS(CellOf, Product)             \
+  template Status launch_grid_forward_pairs<CellOf, Product>( \
+      const GridForwardParams<typename Product::Element>&, const CudaCall&, const GridPlan&)
+
+extern RNNLM_GRID_FORWARD_PAIRS(LstmCell, TensorCore16<Bf16>);
+extern RNNLM_GRID_FORWARD_PAIRS(LstmCell, TensorCore16<F16>);
+extern RNNLM_GRID_FORWARD_PAIRS(GruAfterCell, TensorCore16<Bf16>);
+extern RNNLM_GRID_FORWARD_PAIRS(GruAfterCell, TensorCore16<F16>);
+extern RNNLM_GRID_FORWARD_PAIRS(GruBeforeCell, TensorCore16<Bf16>);
+extern RNNLM_GRID_FORWARD_PAIRS(GruBeforeCell, TensorCore16<F16>);
 
 // CellOf: LstmCell, GruAfterCell or GruBeforeCell; Product: TensorCore16, HeldTf32 or GridFma. The
 // tensors that CTAs exchange have been filled.
 template <template <class> class CellOf, class Product>
 Status launch_grid_forward(const GridForwardParams<typename Product::Element>& params,
                            const CudaCall& call, const GridPlan& plan) {
+  if constexpr (kIs16Bit<typename Product::Element>) {
+    if (plan.pairs) return launch_grid_forward_pairs<CellOf, Product>(params, call, plan);
+  }
   switch (10 * plan.fragments + plan.tiles) {
     case 11:
       return launch_grid_forward_as<GridForwardConfig<Product, CellOf, 1, 1>>(params, call, plan);
@@ -69,12 +113,8 @@ Status launch_grid_forward(const GridForwardParams<typename Product::Element>& p
     case 81:
       return launch_grid_forward_as<GridForwardConfig<Product, CellOf, 8, 1>>(params, call, plan);
     default:
-      break;
+      return no_grid_forward(plan);
   }
-  return Status::invalid_argument("the grid tier has no forward kernel with " +
-                                      std::to_string(plan.fragments) + " fragments and " +
-                                      std::to_string(plan.tiles) + " tiles",
-                                  "Take the plan that choose() makes");
 }
 
 #define RNNLM_GRID_FORWARD(CellOf, Product)             \

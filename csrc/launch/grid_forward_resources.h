@@ -43,20 +43,25 @@ constexpr int64_t grid_forward_shared_weights(Cell cell, GridArithmetic arithmet
   return beyond * (lstm ? 4 : 3) * kVector * kThreads;
 }
 
-// Shared memory of a CTA. `fragments`, `tiles` and `rows` as in GridPlan.
+// Kernels of pairs (kernels/grid_gather.cuh) are compiled for layers whose gather counts.
+constexpr int kGridPairFragments = 4;  // at least; narrower layers leave some of them empty
+
+// Shared memory of a CTA. `fragments`, `tiles`, `rows` and `pairs` as in GridPlan.
 constexpr int64_t grid_forward_shared_bytes(Cell cell, GridArithmetic arithmetic, int fragments,
-                                            int tiles, int rows) {
+                                            int tiles, int rows, bool pairs) {
   constexpr int64_t kFloat = 4, kVector = 16;
   const int64_t window =
       arithmetic == GridArithmetic::fma ? kGridWarps * 8 * 4 * fragments * kVector : 0;
   const int64_t columns = 8 * int64_t{tiles};
+  // Two slots of h, rows 64 bytes apart, and their mbarriers.
+  const int64_t slots = pairs ? 2 * columns * (kGridWarps * 64 * fragments + 64) + 32 : 0;
   // Of a unit, in an exchange.
   const int64_t sums = cell == Cell::lstm ? 4 : cell == Cell::gru_after ? 3 : 2;
   const int64_t partial_sums = 2 * kGridWarps * columns * (sums * kGridUnits + 4) * kFloat;
   const int64_t padded_rows = (rows + columns - 1) / columns * columns;
   const int64_t state = padded_rows * (cell == Cell::gru_before ? 2 : 1) * kGridUnits * kFloat;
-  return grid_forward_shared_weights(cell, arithmetic, fragments) + window + partial_sums + state +
-         16;
+  return grid_forward_shared_weights(cell, arithmetic, fragments) + window + slots + partial_sums +
+         state + 16;
 }
 
 }  // namespace rnnlm

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "kernels/finish.cuh"
+#include "launch/bias_grad.h"
 #include "launch/guard.h"
 #include "launch/tiers.h"
 
@@ -116,29 +117,61 @@ Status choose_on(const CudaProblem& problem, int device, CudaTier wanted, CudaCh
     return Status::unsupported(std::string("the ") + tier_name(wanted) +
                                    " tier cannot run this layer: " + choice->of(wanted).obstacle,
                                "RNNLM_CUDA_TIER=auto takes one that can");
-  if (wanted == CudaTier::automatic || wanted == CudaTier::stepwise)
-    choice->workspace = std::max(choice->workspace, stepwise_workspace(problem));
+  if (wanted == CudaTier::automatic || wanted == CudaTier::stepwise) {
+    choice->workspace = std::max(
+        choice->workspace,
+        with_bias_partials(problem, stepwise_workspace(problem), stepwise_bias_rows(problem)));
+  }
   return Status::ok();
 }
 
+// The call of a tier that itself uses `tier_bytes` of the workspace.
+CudaCall with_partials(const CudaCall& call, const BiasGrad& bias, int64_t tier_bytes) {
+  CudaCall tiers = call;
+  tiers.bias_partials = bias.db == nullptr
+                            ? nullptr
+                            : static_cast<char*>(call.workspace) + bias_partials_offset(tier_bytes);
+  return tiers;
+}
+
 template <class Layer>
-Status run_persistent(const Layer& layer, const CudaCall& call, const CudaChoice& choice,
-                      const Tiers<Layer>& tiers, std::initializer_list<Written> outputs) {
+Status run_persistent(const CudaProblem& problem, const Layer& layer, const CudaCall& whole,
+                      const CudaChoice& choice, const Tiers<Layer>& tiers,
+                      std::initializer_list<Written> outputs, const BiasGrad& bias) {
+  const bool on_grid = is_grid(choice.tier);
+  const CudaCall call =
+      with_partials(whole, bias, on_grid ? choice.grid.workspace : choice.cluster.workspace);
   // A CTA on its own waits for nobody.
-  if (choice.tier == CudaTier::block) return tiers.cluster(layer, call, choice.cluster);
-  const Status cleared = fill_bytes(call.workspace, 0, kAbortBytes, call.stream);
-  if (!cleared.is_ok()) return cleared;
-  const Status launched = choice.tier == CudaTier::grid
-                              ? tiers.grid(layer, call, choice.grid)
-                              : tiers.cluster(layer, call, choice.cluster);
-  if (!launched.is_ok()) return launched;
-  return launch_finish(call, choice.tier, outputs);
+  const bool waits = choice.tier != CudaTier::block;
+  Status status;
+  if (waits) status = fill_bytes(call.workspace, 0, kAbortBytes, call.stream);
+  if (status.is_ok()) {
+    status =
+        on_grid ? tiers.grid(layer, call, choice.grid) : tiers.cluster(layer, call, choice.cluster);
+  }
+  if (status.is_ok() && bias.db != nullptr) {
+    status =
+        sum_partials(problem, bias, on_grid ? choice.grid.groups : choice.cluster.clusters, call);
+  }
+  if (status.is_ok() && waits) status = launch_finish(call, choice.tier, outputs);
+  return status;
+}
+
+template <class Layer>
+Status run_stepwise(const CudaProblem& problem, const Layer& layer, const CudaCall& whole,
+                    const Tiers<Layer>& tiers, const BiasGrad& bias) {
+  Status status = tiers.stepwise(layer, whole);
+  if (!status.is_ok() || bias.db == nullptr) return status;
+  const CudaCall call = with_partials(whole, bias, stepwise_workspace(problem));
+  status = sum_gradients(problem, bias, call);
+  if (status.is_ok()) status = sum_partials(problem, bias, stepwise_bias_rows(problem), call);
+  return status;
 }
 
 template <class Layer>
 Status run(const CudaProblem& problem, const Layer& layer, const CudaCall& call,
            const Tiers<Layer>& tiers, std::initializer_list<Tensor> tensors,
-           std::initializer_list<Written> outputs, CudaTier* ran) {
+           std::initializer_list<Written> outputs, const BiasGrad& bias, CudaTier* ran) {
   Status status = check_sizes(problem);
   if (status.is_ok()) status = check_pointers(tensors);
   if (!status.is_ok()) return status;
@@ -172,12 +205,12 @@ Status run(const CudaProblem& problem, const Layer& layer, const CudaCall& call,
   if (!guard.status().is_ok()) return guard.status();
   if (choice.tier != CudaTier::stepwise) {
     if (ran != nullptr) *ran = choice.tier;
-    status = run_persistent(layer, call, choice, tiers, outputs);
+    status = run_persistent(problem, layer, call, choice, tiers, outputs, bias);
     if (status.code != StatusCode::kUnsupported || call.tier != CudaTier::automatic) return status;
     switch_off(call.device, choice.tier, status.cause);
   }
   if (ran != nullptr) *ran = CudaTier::stepwise;
-  return tiers.stepwise(layer, call);
+  return run_stepwise(problem, layer, call, tiers, bias);
 }
 
 template <class Layer>
@@ -226,7 +259,7 @@ Status cuda_lstm_forward(const LstmForward& layer, const CudaCall& call, CudaTie
               {layer.c_n, state, layer.dtype},
               {layer.cells, n * h, arithmetic(layer.dtype)},
               {layer.saved, 4 * n * h, layer.dtype}},
-             ran);
+             BiasGrad{}, ran);
 }
 
 Status cuda_lstm_backward(const LstmBackward& layer, const CudaCall& call, CudaTier* ran) {
@@ -249,9 +282,10 @@ Status cuda_lstm_backward(const LstmBackward& layer, const CudaCall& call, CudaT
               {layer.dproj, "dproj", layer.proj > 0},
               {layer.unprojected, "unprojected", layer.proj > 0}},
              {{layer.dgates, 4 * n * h, layer.dtype},
+              {layer.db, problem.bias_columns(), layer.dtype},
               {layer.dh0, state, layer.dtype},
               {layer.dc0, state, layer.dtype}},
-             ran);
+             BiasGrad{layer.db, layer.dgates, nullptr}, ran);
 }
 
 Status cuda_gru_forward(const GruForward& layer, const CudaCall& call, CudaTier* ran) {
@@ -269,7 +303,7 @@ Status cuda_gru_forward(const GruForward& layer, const CudaCall& call, CudaTier*
              {{layer.output, n * h, layer.dtype},
               {layer.h_n, state, layer.dtype},
               {layer.saved, (layer.reset_before ? 3 : 4) * n * h, layer.dtype}},
-             ran);
+             BiasGrad{}, ran);
 }
 
 Status cuda_gru_backward(const GruBackward& layer, const CudaCall& call, CudaTier* ran) {
@@ -288,8 +322,9 @@ Status cuda_gru_backward(const GruBackward& layer, const CudaCall& call, CudaTie
               {layer.dh0, "dh0", kOptional}},
              {{layer.dgates, 3 * n * h, layer.dtype},
               {layer.candidate, n * h, layer.dtype},
+              {layer.db, problem.bias_columns(), layer.dtype},
               {layer.dh0, state, layer.dtype}},
-             ran);
+             BiasGrad{layer.db, layer.dgates, layer.reset_before ? nullptr : layer.candidate}, ran);
 }
 
 Status cuda_needs(const CudaProblem& problem, int device, CudaTier tier, CudaNeeds* needs) {

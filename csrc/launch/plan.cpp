@@ -15,7 +15,7 @@ namespace rnnlm {
 namespace {
 
 constexpr CudaTier kTiers[] = {CudaTier::stepwise, CudaTier::block, CudaTier::cluster,
-                               CudaTier::grid};
+                               CudaTier::grid, CudaTier::grid_pairs};
 constexpr int64_t kTileRows = 8;  // batch rows of a tensor-core tile
 
 int64_t ceil_div(int64_t a, int64_t b) {
@@ -163,7 +163,7 @@ GridArithmetic arithmetic_of(const CudaProblem& p) {
 int64_t grid_shared_bytes(const CudaProblem& p, const GridPlan& plan) {
   return p.pass == Pass::forward
              ? grid_forward_shared_bytes(p.cell, arithmetic_of(p), plan.fragments, plan.tiles,
-                                         plan.rows)
+                                         plan.rows, plan.pairs)
              : grid_backward_shared_bytes(p.cell, arithmetic_of(p), plan.fragments, plan.tiles,
                                           plan.rows);
 }
@@ -177,16 +177,19 @@ int64_t grid_shared_weights(const CudaProblem& p, const GridPlan& plan) {
 
 // A group computes its rows in passes of the same kind; a pass of the next step can start when all
 // CTAs have ended this one, so that with several passes the exchange of one hides behind the
-// others.
+// others. A pair reads half of the rows each, and a look at one word of each CTA (32 bytes of L2)
+// beside; what it has read comes out of shared memory once more.
 double grid_us_per_step(const CudaProblem& p, const GridPlan& plan) {
   const CostModel& m = kCostModel;
   const int64_t columns = kTileRows * plan.tiles, passes = ceil_div(plan.rows, columns);
   // Tensor cores multiply whole tiles; plain multiply-adds leave out rows that there are not.
   const bool exact = is_exact_f32(p);
   const int64_t rows = exact ? std::min<int64_t>(columns, plan.rows) : columns;
-  const double bandwidth =
-      std::min(m.l2_one_sm, m.l2_all / (p.concurrent * plan.ctas * plan.groups));
-  const double load = double(rows) * message_bytes(p) / bandwidth;
+  const double bytes = double(rows) * message_bytes(p);
+  const double share = plan.pairs ? 0.5 * (1 + 2.0 / double(columns)) : 1;  // that a CTA reads
+  const double load = std::max({bytes / m.l2_one_sm,
+                                share * bytes * p.concurrent * plan.ctas * plan.groups / m.l2_all,
+                                plan.pairs ? m.us(bytes / m.shared_bytes) : 0});
   const int n = exchanges(p);
   const int64_t sums = kGridUnits * columns * (p.pass == Pass::forward ? p.gates() : 1);
   // Shared memory holds weights of the widest layers only; each pass reads them again.
@@ -202,7 +205,8 @@ double grid_us_per_step(const CudaProblem& p, const GridPlan& plan) {
   }
   const double pass =
       product + tail_us(p, kGridUnits, columns, sums) + (n - 1) * m.us(m.tail_cycles);
-  return std::max({n * m.payload_hop_us + pass, double(passes) * pass, memory_us(p)});
+  const double hop = m.payload_hop_us + (plan.pairs ? m.pair_hop_us : 0);
+  return std::max({n * hop + pass, double(passes) * pass, memory_us(p)});
 }
 
 int64_t grid_workspace(const CudaProblem& p) {
@@ -210,15 +214,27 @@ int64_t grid_workspace(const CudaProblem& p) {
   return kAbortBytes + (resets_first ? p.rows * p.hidden * size_of(p.dtype) : 0);  // r * h
 }
 
-Forecast grid(const CudaProblem& p, const DeviceLimits& device, GridPlan* best) {
+const char* pairs_obstacle(const CudaProblem& p, const DeviceLimits& device) {
+  if (p.pass == Pass::backward) return "pairs gather in the forward pass only";
+  if (!is_16_bit(p.dtype)) return "pairs are for bfloat16 and float16";
+  if (device.compute_capability != 90) return "pairs are compiled for compute capability 9.0";
+  return nullptr;
+}
+
+Forecast grid(const CudaProblem& p, const DeviceLimits& device, bool pairs, GridPlan* best) {
   if (const char* obstacle = persistent_obstacle(p)) return unable(obstacle);
+  const char* const no_pairs = pairs ? pairs_obstacle(p, device) : nullptr;
+  if (no_pairs != nullptr) return unable(no_pairs);
   if (!device.cooperative) return unable("the device refuses cooperative launches");
-  const int fragments = grid_forward_fragments(arithmetic_of(p), p.hidden);
+  int fragments = grid_forward_fragments(arithmetic_of(p), p.hidden);
   if (fragments == 0) {
     return unable(is_16_bit(p.dtype) ? "the hidden size is above 2048"
                                      : "the hidden size is above 1024");
   }
-  const int64_t ctas = ceil_div(p.hidden, kGridUnits);
+  if (pairs) fragments = std::max(fragments, kGridPairFragments);
+  const int64_t ctas = round_up(ceil_div(p.hidden, kGridUnits), pairs ? 2 : 1);
+  // Pairs on all SMs but an odd one: groups of SMs that share a crossbar are even (quoted, H100: 66
+  // pairs on 132 SMs). Where they are not, the launcher finds out, and grid_pairs is off.
   if (ctas > device.sms) return unable("it needs more SMs than the device has");
 
   Forecast forecast = unable("it needs more shared memory than the device has");
@@ -229,8 +245,9 @@ Forecast grid(const CudaProblem& p, const DeviceLimits& device, GridPlan* best) 
   for (int64_t groups = 1; groups <= most_groups; ++groups) {
     const int64_t rows = round_up(ceil_div(p.batch, groups), step);
     if (ceil_div(p.batch, rows) != groups) continue;  // fewer groups hold as many rows each
-    for (int tiles = 1; tiles <= most_tiles; ++tiles) {
-      GridPlan plan{fragments, tiles, int(ctas), int(groups), int(rows), grid_workspace(p)};
+    // Of pairs each number of fragments has one kernel.
+    for (int tiles = pairs ? most_tiles : 1; tiles <= most_tiles; ++tiles) {
+      GridPlan plan{fragments, tiles, int(ctas), int(groups), int(rows), grid_workspace(p), pairs};
       if (grid_shared_bytes(p, plan) > int64_t(device.shared_per_block)) continue;
       const double us = grid_us_per_step(p, plan);
       if (forecast.able && us >= forecast.us_per_step) continue;
@@ -311,20 +328,37 @@ Forecast cluster(const CudaProblem& p, const DeviceLimits& device, ClusterPlan* 
   return clusters(p, device, {2, 4, 8, 16}, best);
 }
 
+// Whether pairs are better than what was chosen, within `limit` us; than the other grid kernels by
+// as much as the model may be off.
+bool prefers_pairs(const CudaChoice& choice, int64_t steps, double limit) {
+  const Forecast& pairs = choice.of(CudaTier::grid_pairs);
+  const double margin = choice.tier == CudaTier::grid ? kCostModel.required_share : 1;
+  return pairs.able && pairs.us(steps) < margin * limit;
+}
+
 const char* const kOff = "it is off since it failed on this device";
 
 }  // namespace
 
+int64_t with_bias_partials(const CudaProblem& problem, int64_t tier_bytes, int64_t rows) {
+  if (problem.pass == Pass::forward) return tier_bytes;
+  const int64_t arithmetic = problem.dtype == DType::f64 ? 8 : 4;
+  return bias_partials_offset(tier_bytes) + rows * problem.bias_columns() * arithmetic;
+}
+
 CudaChoice choose(const CudaProblem& problem, const DeviceLimits& device, CudaTier wanted) {
+  if (wanted == CudaTier::grid_pairs && problem.pass == Pass::backward) wanted = CudaTier::grid;
   CudaChoice choice;
   ClusterPlan block_plan, cluster_plan;
+  GridPlan grid_plan, pairs_plan;
   DeviceLimits share = device;
   share.sms = std::max(1, device.sms / problem.concurrent);
   auto forecast = [&](CudaTier tier) -> Forecast& { return choice.forecasts[int(tier)]; };
   forecast(CudaTier::stepwise) = stepwise(problem, device);
   forecast(CudaTier::block) = block(problem, share, &block_plan);
   forecast(CudaTier::cluster) = cluster(problem, share, &cluster_plan);
-  forecast(CudaTier::grid) = grid(problem, share, &choice.grid);
+  forecast(CudaTier::grid) = grid(problem, share, /*pairs=*/false, &grid_plan);
+  forecast(CudaTier::grid_pairs) = grid(problem, share, /*pairs=*/true, &pairs_plan);
   for (const CudaTier tier : kTiers) {
     if (tier == CudaTier::stepwise) continue;
     if (device.off[int(tier)]) forecast(tier) = unable(kOff);
@@ -341,19 +375,24 @@ CudaChoice choose(const CudaProblem& problem, const DeviceLimits& device, CudaTi
       limit = forecast(tier).us(problem.steps);
       choice.tier = tier;
     }
+    if (prefers_pairs(choice, problem.steps, limit)) choice.tier = CudaTier::grid_pairs;
   }
   choice.cluster = choice.tier == CudaTier::block ? block_plan : cluster_plan;
+  choice.grid = choice.tier == CudaTier::grid_pairs ? pairs_plan : grid_plan;
 
   // A tier may be switched off, and another take its place, between planning and running.
   const struct {
     CudaTier tier;
     int64_t bytes;
-  } persistent[] = {{CudaTier::block, block_plan.workspace},
-                    {CudaTier::cluster, cluster_plan.workspace},
-                    {CudaTier::grid, choice.grid.workspace}};
+    int groups;
+  } persistent[] = {{CudaTier::block, block_plan.workspace, block_plan.clusters},
+                    {CudaTier::cluster, cluster_plan.workspace, cluster_plan.clusters},
+                    {CudaTier::grid, grid_plan.workspace, grid_plan.groups},
+                    {CudaTier::grid_pairs, pairs_plan.workspace, pairs_plan.groups}};
   for (const auto& one : persistent) {
-    if (forecast(one.tier).able && (wanted == CudaTier::automatic || wanted == one.tier))
-      choice.workspace = std::max(choice.workspace, one.bytes);
+    if (!forecast(one.tier).able || (wanted != CudaTier::automatic && wanted != one.tier)) continue;
+    choice.workspace =
+        std::max(choice.workspace, with_bias_partials(problem, one.bytes, one.groups));
   }
   return choice;
 }
@@ -394,6 +433,8 @@ const char* tier_name(CudaTier tier) {
       return "cluster";
     case CudaTier::grid:
       return "grid";
+    case CudaTier::grid_pairs:
+      return "grid-pairs";
   }
   return "";
 }
@@ -415,6 +456,7 @@ std::string describe(const CudaChoice& choice) {
       return name + ", " + count(choice.cluster.clusters, "cluster") + " of " +
              count(choice.cluster.ctas, "CTA") + ", " + count(choice.cluster.rows, "row") + " each";
     case CudaTier::grid:
+    case CudaTier::grid_pairs:
       return name + ", " + count(choice.grid.groups, "group") + " of " +
              count(choice.grid.ctas, "CTA") + ", " + count(choice.grid.rows, "row") + " each";
   }

@@ -10,7 +10,7 @@
 
 namespace rnnlm {
 
-constexpr int kCudaTiers = 5;  // enumerators of CudaTier
+constexpr int kCudaTiers = 6;  // enumerators of CudaTier
 
 enum class Cell : int { lstm = 0, gru_after = 1, gru_before = 2 };
 enum class Pass : int { forward = 0, backward = 1 };
@@ -37,7 +37,17 @@ struct CudaProblem {
   int concurrent = 1;
 
   int gates() const { return cell == Cell::lstm ? 4 : 3; }
+  // Of a row of CudaCall::bias_partials: 4H where b_hn has a gradient of its own.
+  int64_t bias_columns() const { return (cell == Cell::gru_before ? 3 : 4) * hidden; }
 };
+
+// Where CudaCall::bias_partials begins, behind the bytes of workspace that a tier itself uses.
+constexpr int64_t bias_partials_offset(int64_t tier_bytes) {
+  return (tier_bytes + 255) / 256 * 256;
+}
+// Bytes of workspace of a tier that itself uses `tier_bytes` and, of a backward pass, leaves `rows`
+// rows of bias_partials.
+int64_t with_bias_partials(const CudaProblem& problem, int64_t tier_bytes, int64_t rows);
 
 // --- the grid tier: all SMs, state exchanged through L2 ------------------------------------------
 //
@@ -45,6 +55,11 @@ struct CudaProblem {
 // never waits for another group. A CTA's 8 warps split k: each holds `fragments` fragments (32 k,
 // of float32 16: hidden <= 256 or 128 * fragments) of the CTA's weights. It computes `tiles` tiles
 // of 8 batch rows at a time, and as many times a step as its group's rows ask for.
+//
+// `pairs` (forward, 16-bit dtypes, compute capability 9.0): two CTAs are a cluster and read each
+// row of h once (kernels/grid_gather.cuh). A group has an even number of them; the last may be
+// without units. It is a tier by itself, grid_pairs, in all that concerns choosing: it is forecast,
+// asked for, measured, and switched off where it has failed without the other.
 constexpr int kGridUnits = 16;
 constexpr int kGridWarps = 8;
 struct GridPlan {
@@ -54,8 +69,12 @@ struct GridPlan {
   int groups = 0;
   // Batch rows of a group, on tensor cores a multiple of 8; the last group may have fewer.
   int rows = 0;
-  int64_t workspace = 0;
+  int64_t workspace = 0;  // without bias_partials
+  bool pairs = false;
 };
+constexpr bool is_grid(CudaTier tier) {
+  return tier == CudaTier::grid || tier == CudaTier::grid_pairs;
+}
 
 // --- the block and cluster tiers: one CTA, or the CTAs of a cluster, hold all weights ------------
 //
@@ -65,8 +84,8 @@ struct ClusterPlan {
   int ctas = 0;
   int clusters = 0;
   int rows = 0;
-  int64_t workspace = 0;
-  bool tf32 = false;  // of float32: products on tensor cores, which round to TF32
+  int64_t workspace = 0;  // without bias_partials
+  bool tf32 = false;      // of float32: products on tensor cores, which round to TF32
 };
 
 // --- the choice ----------------------------------------------------------------------------------
@@ -85,7 +104,7 @@ struct Forecast {
 
 struct CudaChoice {
   CudaTier tier = CudaTier::automatic;  // automatic: the tier that was wanted cannot run this
-  GridPlan grid;                        // where the tier is grid
+  GridPlan grid;                        // where the tier is grid or grid_pairs
   ClusterPlan cluster;                  // where it is block or cluster
   int64_t workspace = 0;                // enough for any persistent tier that may have to run this
   Forecast forecasts[kCudaTiers];       // by CudaTier; that of `automatic` is empty
@@ -94,6 +113,7 @@ struct CudaChoice {
 };
 
 // `wanted` if the problem and the device allow it; of `automatic`, the tier with the best forecast.
+// The backward pass of `grid_pairs` is that of `grid`.
 CudaChoice choose(const CudaProblem& problem, const DeviceLimits& limits, CudaTier wanted);
 
 // Whether the two directions of a bidirectional layer had better run side by side, each with half

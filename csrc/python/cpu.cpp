@@ -60,12 +60,26 @@ void lstm_backward(int dtype, int threads, int64_t steps, int64_t batch, Address
                    Address grad_h_n, Address grad_c_n, Address grad_cells, Address w_hh,
                    Address w_hr, Address c0, Address cells, Address saved, Address dgates,
                    Address dh0, Address dc0, Address dproj, Address unprojected) {
-  call(&cpu::Kernels::lstm_backward,
-       LstmBackward{DType(dtype), threads, sequence(steps, batch, batch_sizes, reverse), hidden,
-                    proj, pointer(grad_output), pointer(grad_h_n), pointer(grad_c_n),
-                    pointer(grad_cells), pointer(w_hh), pointer(w_hr), pointer(c0), pointer(cells),
-                    pointer(saved), pointer(dgates), pointer(dh0), pointer(dc0), pointer(dproj),
-                    pointer(unprojected)});
+  call(&cpu::Kernels::lstm_backward, LstmBackward{DType(dtype),
+                                                  threads,
+                                                  sequence(steps, batch, batch_sizes, reverse),
+                                                  hidden,
+                                                  proj,
+                                                  pointer(grad_output),
+                                                  pointer(grad_h_n),
+                                                  pointer(grad_c_n),
+                                                  pointer(grad_cells),
+                                                  pointer(w_hh),
+                                                  pointer(w_hr),
+                                                  pointer(c0),
+                                                  pointer(cells),
+                                                  pointer(saved),
+                                                  pointer(dgates),
+                                                  /*db=*/nullptr,
+                                                  pointer(dh0),
+                                                  pointer(dc0),
+                                                  pointer(dproj),
+                                                  pointer(unprojected)});
 }
 
 void gru_forward(int dtype, int threads, int64_t steps, int64_t batch, Address batch_sizes,
@@ -86,7 +100,7 @@ void gru_backward(int dtype, int threads, int64_t steps, int64_t batch, Address 
        GruBackward{DType(dtype), threads, sequence(steps, batch, batch_sizes, reverse), hidden,
                    reset_before, pointer(grad_output), pointer(grad_h_n), pointer(w_hh),
                    pointer(h0), pointer(output), pointer(saved), pointer(dgates),
-                   pointer(candidate), pointer(dh0)});
+                   pointer(candidate), /*db=*/nullptr, pointer(dh0)});
 }
 
 void cross_entropy(int dtype, int threads, int64_t rows, int64_t classes, Address logits,

@@ -11,7 +11,7 @@ namespace rnnlm {
 namespace {
 
 constexpr CudaTier kTiers[] = {CudaTier::stepwise, CudaTier::block, CudaTier::cluster,
-                               CudaTier::grid};
+                               CudaTier::grid, CudaTier::grid_pairs};
 
 DeviceLimits limits_of(const py::dict& device) {
   DeviceLimits limits;
@@ -56,7 +56,7 @@ py::dict plan(int cell, int pass, int dtype, int64_t steps, int64_t batch, int64
       choice.tier == CudaTier::automatic ? py::object(py::none()) : py::str(tier_name(choice.tier));
   result["shape"] = describe(choice);
   result["forecasts"] = forecasts;
-  if (choice.tier == CudaTier::grid) {
+  if (is_grid(choice.tier)) {
     const GridPlan& grid = choice.grid;
     py::dict shape;
     shape["fragments"] = grid.fragments;
@@ -64,7 +64,7 @@ py::dict plan(int cell, int pass, int dtype, int64_t steps, int64_t batch, int64
     shape["ctas"] = grid.ctas;
     shape["groups"] = grid.groups;
     shape["rows"] = grid.rows;
-    result["grid"] = shape;
+    result[tier_name(choice.tier)] = shape;
   }
   if (choice.tier == CudaTier::block || choice.tier == CudaTier::cluster) {
     const ClusterPlan& cluster = choice.cluster;

@@ -2,8 +2,8 @@
 
 A layer's steps run in one of several tiers (docs/cuda.md). A tuned table (:mod:`..tuning`) names
 the one that was the fastest; without one the native side chooses for every call from the sizes and
-the device. ``RNNLM_CUDA_TIER`` (``auto``, ``stepwise``, ``block``, ``cluster``, ``grid``) takes the
-choice over. Nothing here waits for the device. A persistent launch
+the device. ``RNNLM_CUDA_TIER`` (``auto``, ``stepwise``, ``block``, ``cluster``, ``grid``,
+``grid-pairs``) takes the choice over. Nothing here waits for the device. A persistent launch
 that gave up waiting for a part of itself leaves NaN in all its outputs, and the next call on the
 device raises RuntimeError with the cause; the tier stays off on that device from then on.
 
@@ -30,11 +30,14 @@ from . import streams
 
 # Forward keeps the activated gates (16-bit dtypes: their pre-activations) for backward.
 SAVES_GATES = True
+# Backward adds up the gradients of biases itself, where its caller brings room for them (db).
+SUMS_BIASES = True
 # Rows up to which forward gets x instead of the projected gates: never, a GEMM is one more launch.
 PROJECTS_ROWS = 0
 
 ENVIRONMENT = "RNNLM_CUDA_TIER"
-TIERS = ("auto", "stepwise", "block", "cluster", "grid")  # in the order of CudaTier
+# In the order of CudaTier. The backward pass of "grid-pairs" is that of "grid".
+TIERS = ("auto", "stepwise", "block", "cluster", "grid", "grid-pairs")
 MIN_CAPABILITY = 80
 
 DEVICE_TYPE = "cuda"
@@ -497,8 +500,13 @@ def lstm_backward(
     dc0: Tensor | None,
     dproj: Tensor | None,
     unprojected: Tensor | None,
+    db: Tensor | None = None,
 ) -> None:
-    """Fill dgates, dh0 and dc0 (both or neither) and, with a projection, dproj and unprojected."""
+    """Fill dgates and, where wanted, dh0 and dc0 (both or neither), db, dproj and unprojected.
+
+    db [4H] is dgates summed over all steps and rows. With a projection dproj and unprojected are
+    always wanted.
+    """
     steps, batch = len(output if batch_sizes is None else batch_sizes), h0.shape[-2]
     hidden, proj = c0.shape[-1], 0 if w_hr is None else len(w_hr)
     attempts, alive = _resources(_LSTM, True, steps, batch, hidden, proj, batch_sizes, output)
@@ -522,6 +530,7 @@ def lstm_backward(
         cells.data_ptr(),
         saved.data_ptr(),
         dgates.data_ptr(),
+        0 if db is None else db.data_ptr(),
         0 if dh0 is None else dh0.data_ptr(),
         0 if dc0 is None else dc0.data_ptr(),
         0 if dproj is None else dproj.data_ptr(),
@@ -581,8 +590,13 @@ def gru_backward(
     dgates: Tensor,
     candidate: Tensor,
     dh0: Tensor | None,
+    db: Tensor | None = None,
 ) -> None:
-    """Fill dgates, dh0 and candidate (see csrc/core/params.h)."""
+    """Fill dgates, candidate (see csrc/core/params.h) and, where wanted, dh0 and db.
+
+    db is dgates summed over all steps and rows [3H]; for reset-after the sum of candidate follows
+    [4H].
+    """
     steps, batch = len(output if batch_sizes is None else batch_sizes), h0.shape[-2]
     hidden = h0.shape[-1]
     attempts, alive = _resources(_gru(options), True, steps, batch, hidden, 0, batch_sizes, output)
@@ -604,6 +618,7 @@ def gru_backward(
         saved.data_ptr(),
         dgates.data_ptr(),
         candidate.data_ptr(),
+        0 if db is None else db.data_ptr(),
         0 if dh0 is None else dh0.data_ptr(),
     )
     del alive
