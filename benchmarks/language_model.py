@@ -94,7 +94,11 @@ def recipes(arguments: argparse.Namespace) -> None:
         "machine": describe(),
         "text": corpus.name,
         "vocabulary": len(corpus.vocabulary),
-        "arguments": {key: str(value) for key, value in vars(arguments).items() if key != "run"},
+        "arguments": {
+            key: value.name if isinstance(value, Path) else value
+            for key, value in vars(arguments).items()
+            if key != "run"
+        },
         "rows": rows,
     }
     (arguments.out / "recipes.json").write_text(json.dumps(result, indent=1) + "\n")
