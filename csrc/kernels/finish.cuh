@@ -32,7 +32,10 @@ __global__ void __launch_bounds__(Traits::kThreads) finish_kernel(FinishParams p
   const uint32_t reason = ptx::ld_relaxed(params.abort_word);
   if (reason == kRunning) return;
   const int64_t first = int64_t{blockIdx.x} * Traits::kThreads + threadIdx.x;
-  for (const FinishParams::Output& output : params.outputs) {
+  // Unrolled, for an array of parameters that is indexed becomes local memory on some GPUs.
+  RNNLM_UNROLL
+  for (int k = 0; k < FinishParams::kMaxOutputs; ++k) {
+    const FinishParams::Output output = params.outputs[k];
     for (int64_t i = first; i < output.count; i += int64_t{Traits::kCtas} * Traits::kThreads)
       output.p[i] = 0xFFFF;
   }
