@@ -13,6 +13,7 @@ import torch
 from cuda_emulated import emulated, needs_emulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from persistent_cases import problems
 from recurrence_cases import (
     CELLS,
     VARIANTS,
@@ -223,21 +224,9 @@ def test_rows_that_begin_late_or_end_early_are_near_the_oracle(
     check(layer(cell, H=24, lengths=lengths, reverse=reverse), torch.bfloat16, on)
 
 
-@st.composite
-def problems(draw: st.DrawFn) -> Layer:
-    options: dict[str, Any] = {"reverse": draw(st.booleans()), "bias": draw(st.booleans())}
-    if draw(st.booleans()):
-        lengths = draw(st.lists(st.integers(1, 5), min_size=1, max_size=20))
-        options["lengths"] = tuple(sorted(lengths, reverse=True))
-    hidden = 8 * draw(st.integers(1, 6))
-    steps, batch = draw(st.integers(1, 5)), draw(st.integers(1, 20))
-    cell = draw(st.sampled_from(CELLS))
-    return layer(cell, steps, batch, 3, hidden, seed=draw(st.integers(0, 99)), **options)
-
-
 @settings(max_examples=50, deadline=None)
 @given(
-    problems(),
+    problems(most_rows=20),
     st.sampled_from(list(DTYPES.values())),
     st.sampled_from(BLOCK_AND_CLUSTER),
     st.integers(1, 99),

@@ -16,6 +16,7 @@ import torch
 from cuda_emulated import emulated, needs_emulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from persistent_cases import grid_ctas, problems
 from recurrence_cases import (
     CELLS,
     VARIANTS,
@@ -35,8 +36,6 @@ TWO_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 every_cell = pytest.mark.parametrize("cell", CELLS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 two_dtypes = pytest.mark.parametrize("dtype", TWO_DTYPES.values(), ids=TWO_DTYPES)
-
-UNITS = 16  # of a CTA
 
 
 @dataclass(frozen=True)
@@ -135,24 +134,12 @@ def test_rows_that_begin_late_or_end_early_are_near_the_oracle(
     check(layer(cell, H=24, lengths=lengths, reverse=reverse), dtype, sms=sms)
 
 
-@st.composite
-def problems(draw: st.DrawFn) -> Layer:
-    options: dict[str, Any] = {"reverse": draw(st.booleans()), "bias": draw(st.booleans())}
-    if draw(st.booleans()):
-        lengths = draw(st.lists(st.integers(1, 5), min_size=1, max_size=40))
-        options["lengths"] = tuple(sorted(lengths, reverse=True))
-    hidden = 8 * draw(st.integers(1, 6))
-    steps, batch = draw(st.integers(1, 5)), draw(st.integers(1, 40))
-    cell = draw(st.sampled_from(CELLS))
-    return layer(cell, steps, batch, 3, hidden, seed=draw(st.integers(0, 99)), **options)
-
-
 @settings(max_examples=50, deadline=None)
 @given(problems(), st.sampled_from(list(DTYPES.values())), st.integers(1, 4), st.integers(1, 99))
 def test_any_sizes_and_options_agree_with_the_float64_reference(
     problem: Layer, dtype: torch.dtype, groups: int, seed: int
 ) -> None:
-    ctas = -(-problem.get("h0").size(-1) // UNITS)
+    ctas = grid_ctas(problem)
     check(problem, dtype, sms=ctas * groups, seed=seed)
 
 

@@ -15,6 +15,7 @@ import torch
 from cuda_emulated import emulated, module, needs_emulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from persistent_cases import grid_ctas, problems
 from recurrence_cases import CELLS, VARIANTS, Layer, assert_near_oracle, assert_same_bits, layer
 from torch import Tensor
 
@@ -23,8 +24,6 @@ pytestmark = needs_emulator
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 every_cell = pytest.mark.parametrize("cell", CELLS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-
-UNITS = 16  # of a CTA
 
 
 @dataclass(frozen=True)
@@ -112,24 +111,12 @@ def test_rows_that_begin_late_or_end_early_are_near_the_oracle(
     check(layer(cell, H=24, lengths=lengths, reverse=reverse), dtype, sms=sms)
 
 
-@st.composite
-def problems(draw: st.DrawFn) -> Layer:
-    options: dict[str, Any] = {"reverse": draw(st.booleans()), "bias": draw(st.booleans())}
-    if draw(st.booleans()):
-        lengths = draw(st.lists(st.integers(1, 5), min_size=1, max_size=40))
-        options["lengths"] = tuple(sorted(lengths, reverse=True))
-    hidden = 8 * draw(st.integers(1, 6))
-    steps, batch = draw(st.integers(1, 5)), draw(st.integers(1, 40))
-    cell = draw(st.sampled_from(CELLS))
-    return layer(cell, steps, batch, 3, hidden, seed=draw(st.integers(0, 99)), **options)
-
-
 @settings(max_examples=25, deadline=None)
 @given(problems(), st.sampled_from(list(DTYPES.values())), st.integers(1, 3), st.integers(1, 99))
 def test_any_sizes_and_options_agree_with_the_float64_reference(
     problem: Layer, dtype: torch.dtype, groups: int, seed: int
 ) -> None:
-    ctas = -(-problem.get("h0").size(-1) // UNITS)
+    ctas = grid_ctas(problem)
     check(problem, dtype, sms=(ctas + ctas % 2) * groups, seed=seed)
 
 

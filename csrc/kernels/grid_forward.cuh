@@ -136,6 +136,8 @@ struct GridForwardConfig {
              : (kIsLstm ? (kFragments == 8 ? 10 : 12) : 14) - (kIsTf32 ? 2 : 0);
   static constexpr int kHeld = kVectors < kRoom ? kVectors : kRoom;
   static constexpr int kInShared = kVectors - kHeld;
+  // Whether a lane's biases stay in registers, or are loaded (from L1) in front of every barrier.
+  static constexpr bool kHoldsBias = !(kIsFma && kIsLstm && kFragments == 8);
   // Whether a pass may load h for the next one while it finishes: where registers are left.
   static constexpr bool kLooksAhead = !kIsPaired && kAllRows * kHeld * 4 + 4 * kFragments <= 144;
 
@@ -429,11 +431,7 @@ class GridForward {
       candidate_weights_.load(p_, weights, warp() * fragments_, fragments_);
     }
 
-    // No bias for lanes without a product.
-    bias_ = {};
-    const int gate = bias_gate(q());
-    if (p_.b_hh != nullptr && gate >= 0 && unit() < p_.hidden)
-      bias_ = load_pair(p_.b_hh + int64_t{gate} * p_.hidden + unit());
+    if constexpr (Config::kHoldsBias) bias_ = load_bias();
 
     const T* initial = Config::kIsLstm ? p_.c0 : p_.h0;
     for (int i = threadIdx.x; i < padded_rows() * Config::kUnits; i += Config::kThreads) {
@@ -478,6 +476,12 @@ class GridForward {
   RNNLM_DEVICE int q() const { return thread_ % 4; }
   // First unit of this lane's pair.
   RNNLM_DEVICE int unit() const { return blockIdx.x * Config::kUnits + lane() / 4 * 2; }
+  // No bias for lanes without a product.
+  RNNLM_DEVICE PairBits<T> load_bias() const {
+    const int gate = bias_gate(q());
+    if (p_.b_hh == nullptr || gate < 0 || unit() >= p_.hidden) return {};
+    return load_pair(p_.b_hh + int64_t{gate} * p_.hidden + unit());
+  }
   static RNNLM_DEVICE int bias_gate(int q) {
     if constexpr (Config::kExchanges == 2) return q < 3 ? q : -1;
     return Config::template Exchange<0>::product_row(q);
@@ -804,7 +808,7 @@ class GridForward {
     using Sums = typename Config::template Sums<kIndex>;
     Row rows[kTiles];
     A a[kTiles][2], bias[2];
-    unpack_pair<T>(bias_, bias);
+    unpack_pair<T>(Config::kHoldsBias ? bias_ : load_bias(), bias);
     RNNLM_UNROLL
     for (int tile = 0; tile < kTiles; ++tile) {
       rows[tile] = row_of<kIndex>(at, tile);
