@@ -10,7 +10,7 @@ SANITIZE_CXX ?= g++
 PY := $(VENV)/bin/python
 SANITIZE := address;undefined
 SANITIZE_SITE := build/sanitize/site
-CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 NVCC := $(or $(CUDACXX),$(and $(CUDA_HOME),$(wildcard $(CUDA_HOME)/bin/nvcc)),$(shell command -v nvcc))
 BUILD_INPUTS := CMakeLists.txt setup.py pyproject.toml rnnlm_kernels/_version.py $(shell find csrc -type f)
 

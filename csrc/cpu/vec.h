@@ -9,9 +9,12 @@
 #include <string.h>
 
 #include <type_traits>
+#include <utility>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace rnnlm::cpu::RNNLM_ISA {
@@ -86,12 +89,10 @@ RNNLM_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 }
 #elif defined(__aarch64__)
 RNNLM_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
-  for (int l = 0; l < kLanes<float>; ++l) c[l] = __builtin_fmaf(a[l], b[l], c[l]);
-  return c;
+  return (Vec<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 }
 RNNLM_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
-  for (int l = 0; l < kLanes<double>; ++l) c[l] = __builtin_fma(a[l], b[l], c[l]);
-  return c;
+  return (Vec<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
 }
 #else  // no hardware fma: two roundings
 template <class V>
@@ -127,6 +128,12 @@ RNNLM_INLINE float sum<float>(Vec<float> v) {
   const __m128 v2 = _mm_add_ps(v4, _mm_movehl_ps(v4, v4));
   return _mm_cvtss_f32(_mm_add_ss(v2, _mm_movehdup_ps(v2)));
 }
+#elif defined(__aarch64__)
+template <>
+RNNLM_INLINE float sum<float>(Vec<float> v) {
+  const float32x4_t v4 = (float32x4_t)v;
+  return vpadds_f32(vadd_f32(vget_low_f32(v4), vget_high_f32(v4)));
+}
 #endif
 
 // --- 16-bit conversions --------------------------------------------------------------------------
@@ -135,7 +142,8 @@ typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));  // kLanes
 typedef uint32_t Word __attribute__((vector_size(kVectorBytes)));
 
 // bfloat16: the upper half of a float. Rounded to nearest even; a NaN stays a NaN (its payload
-// could round to infinity). Compilers take the portable form apart into 256-bit halves.
+// could round to infinity). Compilers take the portable form apart, into 256-bit halves for AVX-512
+// and into single numbers for NEON.
 #if defined(__AVX512F__)
 RNNLM_INLINE Vec<float> widen(Half v, bf16) {
   return (Vec<float>)((Word)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v) << 16);
@@ -147,6 +155,16 @@ RNNLM_INLINE Half narrow(Vec<float> v, bf16) {
   const __m512i result =
       _mm512_mask_or_epi32((__m512i)rounded, nan, (__m512i)upper, (__m512i)(Word{} + 0x40u));
   return (Half)_mm512_maskz_cvtepi32_epi16(0xffff, result);
+}
+#elif defined(__aarch64__)
+RNNLM_INLINE Vec<float> widen(Half v, bf16) {
+  return (Vec<float>)vshll_n_u16((uint16x4_t)v, 16);
+}
+RNNLM_INLINE Half narrow(Vec<float> v, bf16) {
+  const Word bits = (Word)v;
+  const Word rounded = bits + 0x7fffu + ((bits >> 16) & 1u), nan = bits | 0x400000u;
+  const uint32x4_t number = vceqq_f32((float32x4_t)v, (float32x4_t)v);
+  return (Half)vshrn_n_u32(vbslq_u32(number, (uint32x4_t)rounded, (uint32x4_t)nan), 16);
 }
 #else
 RNNLM_INLINE Vec<float> widen(Half v, bf16) {
@@ -174,6 +192,13 @@ RNNLM_INLINE Vec<float> widen(Half v, f16) {
 }
 RNNLM_INLINE Half narrow(Vec<float> v, f16) {
   return (Half)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#elif defined(__aarch64__)
+RNNLM_INLINE Vec<float> widen(Half v, f16) {
+  return (Vec<float>)vcvt_f32_f16((float16x4_t)v);
+}
+RNNLM_INLINE Half narrow(Vec<float> v, f16) {
+  return (Half)vcvt_f16_f32((float32x4_t)v);
 }
 #else
 // Exact: a half is a float with its exponent rebased; the multiplication also renormalises.
@@ -261,6 +286,38 @@ template <class S>
 RNNLM_INLINE void store_some(S* p, Vec<float> v, int64_t n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), (__m256i)narrow(v, S{}));
 }
+#elif defined(__aarch64__)
+// Lane by lane: a vector that was put together in memory could be loaded only once all of its parts
+// have reached the cache.
+template <class S>
+RNNLM_INLINE Vec<Arithmetic<S>> load_some(const S* p, int64_t n) {
+  std::conditional_t<sizeof(S) == 2, Half, Vec<Arithmetic<S>>> v = {};
+#pragma GCC unroll 4
+  for (int l = 0; l + 1 < kLanes<Arithmetic<S>>; ++l) {
+    if (l >= n) break;
+    if constexpr (sizeof(S) == 2)
+      v[l] = p[l].bits;
+    else
+      v[l] = p[l];
+  }
+  if constexpr (sizeof(S) == 2)
+    return widen(v, S{});
+  else
+    return v;
+}
+template <class S>
+RNNLM_INLINE void store_some(S* p, Vec<Arithmetic<S>> v, int64_t n) {
+  if constexpr (sizeof(S) == 2) {
+    const Half h = narrow(v, S{});
+#pragma GCC unroll 4
+    for (int l = 0; l + 1 < kLanes<float>; ++l)
+      if (l < n) p[l].bits = h[l];
+  } else {
+#pragma GCC unroll 4
+    for (int l = 0; l + 1 < kLanes<S>; ++l)
+      if (l < n) p[l] = v[l];
+  }
+}
 #else
 template <class S>
 RNNLM_INLINE Vec<Arithmetic<S>> load_some(const S* p, int64_t n) {
@@ -313,10 +370,41 @@ RNNLM_INLINE Arithmetic<S> to_arithmetic(S x) {
   }
 }
 
+// --- transposition -------------------------------------------------------------------------------
+
+// a[0] b[0] a[1] b[1] .. from element `first` on.
+template <int first, class T, size_t... I>
+RNNLM_INLINE Vec<T> interleaved(Vec<T> a, Vec<T> b, std::index_sequence<I...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, int(first + I / 2 + I % 2 * kLanes<T>)...);
+#else
+  return __builtin_shuffle(a, b, Bits<T>{int(first + I / 2 + I % 2 * kLanes<T>)...});
+#endif
+}
+
+// Rows become columns. Each pass deals the rows of both halves out to pairs of rows, one element of
+// each in turn; after as many passes as an index has bits, its bits have all changed sides.
+template <class T>
+RNNLM_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
+  constexpr int L = kLanes<T>;
+  constexpr auto all = std::make_index_sequence<L>();
+#pragma GCC unroll 4
+  for (int pass = 1; pass < L; pass *= 2) {
+    Vec<T> dealt[L];
+#pragma GCC unroll 8
+    for (int i = 0; i < L / 2; ++i) {
+      dealt[2 * i] = interleaved<0, T>(rows[i], rows[i + L / 2], all);
+      dealt[2 * i + 1] = interleaved<L / 2, T>(rows[i], rows[i + L / 2], all);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) rows[i] = dealt[i];
+  }
+}
+
 // --- exp, sigmoid, tanh --------------------------------------------------------------------------
 // x = n ln2 + r with |r| <= ln2/2; e^r - 1 by its Taylor series, whose first left-out term is below
-// a tenth of an ulp; 2^n by building the exponent, in two factors so that n may leave the range of
-// normal numbers. Measured errors: tests/test_cpu_math.py.
+// a tenth of an ulp; 2^n by an instruction, or by building the exponent, in two factors where n may
+// leave the range of normal numbers. Measured errors: tests/test_cpu_math.py.
 
 template <class T>
 struct ExpConstants;
@@ -358,41 +446,86 @@ RNNLM_INLINE Vec<T> taylor(Vec<T> r) {
 template <class T>
 struct Reduced {
   Vec<T> q;  // e^r - 1
-  Bits<T> n;
+  Vec<T> n;  // an integer
 };
 
 template <class T>
 RNNLM_INLINE Reduced<T> reduce(Vec<T> x) {
   using C = ExpConstants<T>;
-  const Vec<T> shifted = fma(x, splat(C::log2e), splat(C::magic));
-  const Vec<T> n = shifted - C::magic;
+  const Vec<T> n = fma(x, splat(C::log2e), splat(C::magic)) - C::magic;
   Vec<T> r = fma(n, splat(-C::ln2_hi), x);
   r = fma(n, splat(-C::ln2_lo), r);
-  const Vec<T> q = fma(taylor<T, 2, C::terms>(r), r * r, r);
-  return {q, (Bits<T>)shifted - (Bits<T>)splat(C::magic)};
+  return {fma(taylor<T, 2, C::terms>(r), r * r, r), n};
 }
 
+// x, but at most (at least) a limit; NaN stays NaN. Then, for integers n: x 2^n, where n may leave
+// the range of normal numbers, and 2^n, where it does not.
+#if defined(__AVX512F__)
+template <class T>
+RNNLM_INLINE Vec<T> at_most(Vec<T> x, T limit) {
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_maskz_min_ps(0xffff, (__m512)splat(limit), (__m512)x);
+  else
+    return (Vec<T>)_mm512_maskz_min_pd(0xff, (__m512d)splat(limit), (__m512d)x);
+}
+template <class T>
+RNNLM_INLINE Vec<T> at_least(Vec<T> x, T limit) {
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_maskz_max_ps(0xffff, (__m512)splat(limit), (__m512)x);
+  else
+    return (Vec<T>)_mm512_maskz_max_pd(0xff, (__m512d)splat(limit), (__m512d)x);
+}
+template <class T>
+RNNLM_INLINE Vec<T> scaled(Vec<T> x, Vec<T> n) {
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_maskz_scalef_ps(0xffff, (__m512)x, (__m512)n);
+  else
+    return (Vec<T>)_mm512_maskz_scalef_pd(0xff, (__m512d)x, (__m512d)n);
+}
+template <class T>
+RNNLM_INLINE Vec<T> power_of_two(Vec<T> n) {
+  return scaled<T>(splat(T(1)), n);
+}
+#else
+template <class T>
+RNNLM_INLINE Vec<T> at_most(Vec<T> x, T limit) {
+  return x > limit ? splat(limit) : x;
+}
+template <class T>
+RNNLM_INLINE Vec<T> at_least(Vec<T> x, T limit) {
+  return x < limit ? splat(limit) : x;
+}
+template <class T>
+RNNLM_INLINE Bits<T> to_bits(Vec<T> n) {
+  return (Bits<T>)(n + ExpConstants<T>::magic) - (Bits<T>)splat(ExpConstants<T>::magic);
+}
 template <class T>
 RNNLM_INLINE Vec<T> power_of_two(Bits<T> n) {
   return (Vec<T>)((n + ExpConstants<T>::bias) << ExpConstants<T>::mantissa);
 }
+template <class T>
+RNNLM_INLINE Vec<T> power_of_two(Vec<T> n) {
+  return power_of_two<T>(to_bits<T>(n));
+}
+template <class T>
+RNNLM_INLINE Vec<T> scaled(Vec<T> x, Vec<T> n) {
+  const Bits<T> whole = to_bits<T>(n), half = whole >> 1;
+  return x * power_of_two<T>(half) * power_of_two<T>(whole - half);
+}
+#endif
 
 template <class T>
 RNNLM_INLINE Vec<T> exp(Vec<T> x) {
   using C = ExpConstants<T>;
-  // The comparisons are false for NaN, which then goes through the polynomial as itself.
-  x = x > C::overflow ? splat(C::overflow) : x;
-  x = x < C::underflow ? splat(C::underflow) : x;
-  const Reduced<T> e = reduce<T>(x);
-  const Bits<T> half = e.n >> 1;
-  return (e.q + T(1)) * power_of_two<T>(half) * power_of_two<T>(e.n - half);
+  const Reduced<T> e = reduce<T>(at_least(at_most(x, C::overflow), C::underflow));
+  return scaled<T>(e.q + T(1), e.n);
 }
 
 // e^x - 1 for x <= 0, accurate relative to the result near 0.
 template <class T>
 RNNLM_INLINE Vec<T> expm1_nonpositive(Vec<T> x) {
-  x = x < T(-44) ? splat(T(-44)) : x;  // e^-44 is below half an ulp of 1 in float64
-  const Reduced<T> e = reduce<T>(x);
+  // e^-44 is below half an ulp of 1 in float64.
+  const Reduced<T> e = reduce<T>(at_least(x, T(-44)));
   const Vec<T> scale = power_of_two<T>(e.n);
   return fma(e.q, scale, scale - T(1));
 }
