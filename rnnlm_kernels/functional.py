@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
+from .ops.planning import known_plans, look_of, remember
 
 LayerWeights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 """``(w_ih, w_hh, b_ih, b_hh, w_hr)`` of one layer and direction, None where absent."""
@@ -87,7 +88,16 @@ def lstm(
     if len(weights) != num_layers * directions:
         raise ValueError(_wrong_number_of_weights(len(weights), num_layers, directions))
 
-    autocast = _autocast_dtype(input.device.type)
+    look = None
+    # One dense layer on a CPU, one step of which may take less time than to check it.
+    plain = has_biases and batch_sizes is None and not return_cells
+    if len(weights) == 1 and input.is_cpu and plain:
+        tensors = (input, *((None, None) if hx is None else hx), *weights[0])
+        look = look_of(tensors, "lstm", batch_first, proj_size, memory, backend)
+        if look is not None and (plan := known_plans.get(look)) is not None:
+            return ops.lstm_layer.infer(plan, input, hx, weights[0], batch_first)
+
+    autocast = _autocast_dtype("cpu" if input.is_cpu else input.device.type)
     if autocast is not None:
         # Off inside: all tensors are cast here, and the float32 arithmetic of an operator must
         # stay float32.
@@ -116,10 +126,10 @@ def lstm(
         _refuse_weights(input, first)
     if hx is None:
         batch = _batch_size(input, batch_sizes, batch_first)
-        zeros = input.new_zeros((1, batch, weights[0][1].shape[0] // 4))
+        zeros = input.new_zeros(1, batch, weights[0][1].shape[0] // 4)
         c0s = (zeros,) * len(weights)
         # One tensor serves every layer: operators never write to a state.
-        h0s = (input.new_zeros((1, batch, proj_size)),) * len(weights) if proj_size else c0s
+        h0s = (input.new_zeros(1, batch, proj_size),) * len(weights) if proj_size else c0s
     else:
         h0, c0 = hx
         if not _alike(h0, input):
@@ -130,49 +140,47 @@ def lstm(
 
     x = input.transpose(0, 1) if batch_first and batch_sizes is None else input
 
-    layer = ops.lstm
-    if bidirectional and input.is_cuda:
-        layer = ops.side_by_side("lstm", ops.lstm)
+    if not has_biases:
+        weights = [(w_ih, w_hh, None, None, w_hr) for w_ih, w_hh, _, _, w_hr in weights]
     last = len(weights) - directions  # index of the last layer's first direction
     finals_h: list[Tensor] = []
     finals_c: list[Tensor] = []
     cells: Tensor | None = None
-    for index in range(0, len(weights), directions):
-        outputs: list[Tensor] = []
-        layer_cells: list[Tensor] = []
-        for i in range(index, index + directions):
-            w_ih, w_hh, b_ih, b_hh, w_hr = weights[i]
-            if not has_biases:
-                b_ih = b_hh = None
-            output, h_n, c_n, steps = layer(
-                x,
-                h0s[i],
-                c0s[i],
-                w_ih,
-                w_hh,
-                b_ih,
-                b_hh,
-                w_hr,
-                batch_sizes,
-                reverse=i != index,
-                return_cells=return_cells and index == last,
+    for i in range(0, len(weights), directions):
+        wants_cells = return_cells and i == last
+        if bidirectional:
+            forward, reverse = ops.lstm_both(
+                (x, h0s[i], c0s[i], *weights[i], batch_sizes),
+                (x, h0s[i + 1], c0s[i + 1], *weights[i + 1], batch_sizes),
+                return_cells=wants_cells,
                 memory=memory,
                 backend=backend,
             )
-            outputs.append(output)
+            x = torch.cat((forward[0], reverse[0]), -1)
+            finals_h += (forward[1], reverse[1])
+            finals_c += (forward[2], reverse[2])
+            cells = torch.cat((forward[3], reverse[3]), -1) if wants_cells else None
+        else:
+            x, h_n, c_n, cells = ops.lstm(
+                x,
+                h0s[i],
+                c0s[i],
+                *weights[i],
+                batch_sizes,
+                return_cells=wants_cells,
+                memory=memory,
+                backend=backend,
+            )
             finals_h.append(h_n)
             finals_c.append(c_n)
-            if steps is not None:
-                layer_cells.append(steps)
-        x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
-        if layer_cells:
-            cells = layer_cells[0] if directions == 1 else torch.cat(layer_cells, -1)
-        if dropout and training and index != last:
+        if dropout and training and i != last:
             x = F.dropout(x, dropout, training=True)
 
     if batch_first and batch_sizes is None:
         x = x.transpose(0, 1)
         cells = None if cells is None else cells.transpose(0, 1)
+    if look is not None and len(h0s) == len(c0s) == 1:
+        remember(look, "lstm", input, h0s[0], c0s[0], weights[0], "after", batch_first, backend)
     return x, _stack(finals_h), _stack(finals_c), cells
 
 
@@ -229,7 +237,14 @@ def gru(
     if len(weights) != num_layers * directions:
         raise ValueError(_wrong_number_of_weights(len(weights), num_layers, directions))
 
-    autocast = _autocast_dtype(input.device.type)
+    look = None
+    # One dense layer on a CPU, one step of which may take less time than to check it.
+    if len(weights) == 1 and input.is_cpu and has_biases and batch_sizes is None:
+        look = look_of((input, hx, *weights[0]), "gru", batch_first, reset, memory, backend)
+        if look is not None and (plan := known_plans.get(look)) is not None:
+            return ops.gru_layer.infer(plan, input, hx, weights[0], batch_first)
+
+    autocast = _autocast_dtype("cpu" if input.is_cpu else input.device.type)
     if autocast is not None:
         with torch.autocast(input.device.type, enabled=False):
             return gru(
@@ -254,7 +269,7 @@ def gru(
         _refuse_weights(input, first)
     if hx is None:
         batch = _batch_size(input, batch_sizes, batch_first)
-        h0s = (input.new_zeros((1, batch, weights[0][1].shape[1])),) * len(weights)
+        h0s = (input.new_zeros(1, batch, weights[0][1].shape[1]),) * len(weights)
     else:
         if not _alike(hx, input):
             _refuse_state("hx", hx, input)
@@ -262,18 +277,24 @@ def gru(
 
     x = input.transpose(0, 1) if batch_first and batch_sizes is None else input
 
-    layer = ops.gru
-    if bidirectional and input.is_cuda:
-        layer = ops.side_by_side("gru", ops.gru)
+    if not has_biases:
+        weights = [(w_ih, w_hh, None, None, None) for w_ih, w_hh, *_ in weights]
     last = len(weights) - directions
     finals: list[Tensor] = []
-    for index in range(0, len(weights), directions):
-        outputs: list[Tensor] = []
-        for i in range(index, index + directions):
-            w_ih, w_hh, b_ih, b_hh, _ = weights[i]
-            if not has_biases:
-                b_ih = b_hh = None
-            output, h_n = layer(
+    for i in range(0, len(weights), directions):
+        w_ih, w_hh, b_ih, b_hh, _ = weights[i]
+        if bidirectional:
+            forward, reverse = ops.gru_both(
+                (x, h0s[i], w_ih, w_hh, b_ih, b_hh, batch_sizes),
+                (x, h0s[i + 1], *weights[i + 1][:4], batch_sizes),
+                reset=reset,
+                memory=memory,
+                backend=backend,
+            )
+            x = torch.cat((forward[0], reverse[0]), -1)
+            finals += (forward[1], reverse[1])
+        else:
+            x, h_n = ops.gru(
                 x,
                 h0s[i],
                 w_ih,
@@ -282,26 +303,24 @@ def gru(
                 b_hh,
                 batch_sizes,
                 reset=reset,
-                reverse=i != index,
                 memory=memory,
                 backend=backend,
             )
-            outputs.append(output)
             finals.append(h_n)
-        x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
-        if dropout and training and index != last:
+        if dropout and training and i != last:
             x = F.dropout(x, dropout, training=True)
 
     if batch_first and batch_sizes is None:
         x = x.transpose(0, 1)
+    if look is not None and len(h0s) == 1:
+        layer = (*weights[0][:4], None)
+        remember(look, "gru", input, h0s[0], None, layer, reset, batch_first, backend)
     return x, _stack(finals)
 
 
 def _alike(tensor: Tensor, input: Tensor) -> bool:
-    """Whether both have one dtype and device. (Comparing devices is slow, and most are CPUs.)"""
-    if tensor.dtype is not input.dtype:
-        return False
-    return (tensor.is_cpu and input.is_cpu) or tensor.device == input.device
+    """Whether both have one dtype and device."""
+    return tensor.dtype is input.dtype and tensor.device == input.device
 
 
 def _by_layer(states: Tensor) -> Sequence[Tensor]:

@@ -79,6 +79,7 @@ def _forget() -> None:
     cuda._directions.cache_clear()
     dispatch._choose.cache_clear()
     planning._choose.cache_clear()
+    planning.known_plans.clear()
     tuning.forget()
 
 

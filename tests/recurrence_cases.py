@@ -231,11 +231,11 @@ def poisoned(*shape: int, like: Tensor) -> Tensor:
     return like.new_full(shape, torch.nan)
 
 
-def kernel_results(given: Layer, *, projects: bool = False) -> dict[str, Tensor]:
+def kernel_results(given: Layer) -> dict[str, Tensor]:
     """What the C++ kernels write, without the GEMMs around them: forward, then backward.
 
-    ``projects`` hands them x and w_ih instead of the projected gates. The cotangents are a function
-    of each result by itself, so that a row has the same ones in any batch.
+    The cotangents are a function of each result by itself, so that a row has the same ones in any
+    batch.
     """
 
     def slopes() -> list[Tensor]:
@@ -253,19 +253,13 @@ def kernel_results(given: Layer, *, projects: bool = False) -> dict[str, Tensor]
         packed=given.batch_sizes is not None,
         return_cells=lstm,
     )
-    gates_x = None
-    if not projects:
-        # One row at a time: the bits of a GEMM depend on its shape.
-        rows = x.flatten(0, -2)
-        bias = 0 if b_ih is None or cpu.ADDS_INPUT_BIAS else b_ih
-        gates_x = torch.stack([(w_ih @ row) + bias for row in rows])
     steps, width, hidden = x.shape[:-1], h0.size(1), w_hh.size(0) // (4 if lstm else 3)
     wide = torch.empty(0, dtype=reference.state_dtype(x.dtype))
     results = {
         "output": poisoned(*steps, width, like=x),
         "h_n": poisoned(*h0.shape, like=x),
     }
-    head = (x, w_ih, b_ih, gates_x, w_hh, b_hh)
+    head = (x, w_ih, b_ih, None, w_hh, b_hh)
     if lstm:
         c0, w_hr = given.get("c0"), given.get("w_hr")
         results["c_n"] = poisoned(*c0.shape, like=x)

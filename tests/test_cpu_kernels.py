@@ -99,6 +99,8 @@ def layers(draw: st.DrawFn):
         options["lengths"] = tuple(sorted(lengths, reverse=True))
     if cell == "lstm" and hidden > 1 and draw(st.booleans()):
         options["proj"] = draw(st.integers(1, hidden - 1))
+    # Larger weights amplify rounding errors from step to step beyond any bound worth asserting.
+    options["scale"] = min(0.5, hidden**-0.5)
     return layer(cell, H=hidden, seed=draw(st.integers(0, 99)), **sizes, **options)
 
 
@@ -134,14 +136,23 @@ def test_few_rows_without_packing_equal_the_packed_product(cell: str) -> None:
     )
 
 
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-@pytest.mark.parametrize("input_size", [1, 16, 37])
+# A thread projects the input for several steps at once (of few rows a step, up to 64 rows and 64
+# steps), or together with the product of a step's rows.
+PROJECTIONS = {
+    "many steps of one row": {"T": 150, "B": 1},
+    "steps of some rows": {"T": 9, "B": 7},
+    "steps of too many rows": {"T": 3, "B": 70},
+    "ragged": {"lengths": (70, 70, 9, *[3] * 60)},
+}
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("input_size", [1, 16, 37, 200])
+@pytest.mark.parametrize("sizes", PROJECTIONS.values(), ids=PROJECTIONS)
 @every_cell
-def test_the_kernels_own_projection_equals_a_given_one(cell, input_size, bias) -> None:
-    problem = layer(cell, 2, 2, input_size, 19, bias=bias)
-    own, given_gates = kernel_results(problem, projects=True), kernel_results(problem)
-    for name, value in given_gates.items():
-        torch.testing.assert_close(own[name], value, rtol=1e-12, atol=1e-12, msg=name)
+def test_the_projection_of_the_input(cell, sizes, input_size, reverse) -> None:
+    given = layer(cell, I=input_size, H=19, reverse=reverse, scale=0.3, **sizes)
+    assert_near_oracle(given, torch.float64)
 
 
 # --- 16-bit storage -----------------------------------------------------------------------------
@@ -201,6 +212,7 @@ SPLITS = {
     "units": {"T": 3, "B": 2, "H": 600},
     "rows-and-units": {"T": 9, "B": 2, "H": 400},
     "packed-rows": {"lengths": tuple(range(20, 4, -1)), "H": 64, "reverse": True},
+    "one-step": {"T": 1, "B": 70, "H": 100, "I": 40},
 }
 
 
@@ -218,10 +230,10 @@ def test_any_number_of_threads_gives_the_same_bits(cell: str, sizes: dict, threa
 def test_threads_share_a_projection_of_few_rows_and_a_projected_state(threads) -> None:
     problem = layer("lstm", 2, 2, 300, 500, proj=200, dtype=torch.float32, scale=0.05)
     torch.set_num_threads(1)
-    expected = kernel_results(problem, projects=True)
+    expected = kernel_results(problem)
     for count in (2, 3, 8):
         torch.set_num_threads(count)
-        assert_same_bits(kernel_results(problem, projects=True), expected)
+        assert_same_bits(kernel_results(problem), expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -313,10 +325,11 @@ def test_every_instruction_set_agrees_with_the_reference(isa: str) -> None:
 
 
 # [T, B, H]: less than a tile, whole tiles, several with a rest in every direction, several groups
-# of rows; weights that are read unpacked (few products) and packed.
+# of rows; weights that are read unpacked (few products) and packed, of a single step at their use.
 BFLOAT16_SIZES = (
     *((20, 1, 1), (20, 3, 1), (6, 64, 1), (2, 1, 7), (9, 17, 7), (5, 8, 33), (4, 64, 33)),
     *((3, 17, 100), (12, 1, 100), (3, 3, 130), (2, 8, 130), (2, 64, 130), (3, 17, 1024)),
+    *((1, 70, 33), (1, 5, 130), (1, 150, 100)),
 )
 
 
@@ -381,29 +394,30 @@ def check_bfloat16_specials() -> None:
 
 
 def check_bfloat16_functions() -> None:
-    """Sigmoid and tanh of every bfloat16, seen through float32 cell states of one LSTM step."""
+    """Sigmoid and tanh of every bfloat16, seen through float32 cell states of one LSTM step.
+
+    The values come as biases, 1024 units at a time: a product would turn an infinity into NaN.
+    """
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
-    exact = every.double()
-    half, opened, closed = (torch.full_like(every, v) for v in (0.0, 100.0, -100.0))
-    w_ih, w_hh, h0, c0 = (
-        torch.zeros(*s).bfloat16() for s in ((4, 4), (4, 1), (2**16, 1), (2**16, 1))
-    )
-    c0 += 1
-    output, h_n, c_n = (torch.empty(1, 2**16, 1).bfloat16() for _ in range(3))
-    cells = torch.empty(1, 2**16, 1)
-    for name, gates, expected in (
-        ("sigmoid", (closed, every, half, half), exact.sigmoid()),  # c = 0 * 0 + f * 1
-        ("tanh", (opened, closed, every, half), exact.tanh()),  # c = 1 * g + 0 * 1
-    ):
-        gates_x = torch.stack(gates, dim=1)[None].contiguous()
-        cpu.lstm_forward(
-            *(gates_x, w_ih, None, gates_x, w_hh, None, None, h0, c0, None, RecurrenceOptions()),
-            *(output, h_n, c_n, cells, None),
-        )
-        found = cells.flatten().double()
-        error = (found - expected).abs() / expected.abs().clamp(min=1e-30)
-        assert error[~every.isnan()].max() < 1e-5, f"{name}: {error[~every.isnan()].max()}"
-        assert found[every.isnan()].isnan().all()
+    zero = torch.zeros(4 * 1024, 1024).bfloat16()
+    x, w_ih, h0, c0 = zero[:1, None, :1], zero[:, :1].contiguous(), zero[:1], zero[:1] + 1
+    output, h_n, c_n = (torch.empty(1, 1, 1024).bfloat16() for _ in range(3))
+    cells = torch.empty(1, 1, 1024)
+    half, opened, closed = (torch.full((1024,), v).bfloat16() for v in (0.0, 100.0, -100.0))
+    for values in every.split(1024):
+        exact, nan = values.double(), values.isnan()
+        for name, gates, expected in (
+            ("sigmoid", (closed, values, half, half), exact.sigmoid()),  # c = 0 * 0 + f * 1
+            ("tanh", (opened, closed, values, half), exact.tanh()),  # c = 1 * g + 0 * 1
+        ):
+            cpu.lstm_forward(
+                *(x, w_ih, torch.cat(gates), None, zero, None, None, h0, c0, None),
+                *(RecurrenceOptions(), output, h_n, c_n, cells, None),
+            )
+            found = cells.flatten().double()
+            error = ((found - expected).abs() / expected.abs().clamp(min=1e-30))[~nan]
+            assert (error < 1e-5).all(), f"{name}: {error.max()}"
+            assert found[nan].isnan().all()
 
 
 @pytest.mark.parametrize("isa", ["avx512bf16", "amx"])
@@ -470,7 +484,7 @@ print("exit code", process.exitcode)
 def test_exhausted_memory_is_a_memory_error_that_names_the_mend() -> None:
     absurd = 2**28  # hidden units: the workspace alone would be an exabyte
     with pytest.raises(MemoryError, match=r"workspace.*[Ss]maller batch or hidden size"):
-        _C.cpu_gru_forward(0, 1, 9, 4, 0, False, absurd, False, 1, *[0] * 10)
+        _C.cpu_gru_forward(0, 1, 9, 4, 0, False, absurd, False, 1, *[0] * 9)
 
 
 @every_cell

@@ -118,9 +118,9 @@ def test_the_order_of_preference_is_cuda_triton_cpu_reference() -> None:
 
 def test_the_contract_is_the_cpus() -> None:
     for name in ("lstm_forward", "lstm_backward", "gru_forward", "gru_backward"):
-        assert list(inspect.signature(getattr(triton, name)).parameters) == list(
-            inspect.signature(getattr(cpu, name)).parameters
-        )
+        expected = list(inspect.signature(getattr(cpu, name)).parameters)
+        expected.remove("call")  # for calls that are made together, on CPUs only
+        assert list(inspect.signature(getattr(triton, name)).parameters) == expected
 
 
 REFUSED = {

@@ -91,6 +91,7 @@ def identity(index: int) -> dict[str, str]:
 def _forget() -> None:
     dispatch._choose.cache_clear()
     planning._choose.cache_clear()
+    planning.known_plans.clear()
 
 
 @contextmanager

@@ -21,10 +21,8 @@ struct Sequence {
   bool reverse;                // run from the last step to step 0
 };
 
-// The input projection, for the kernel to compute itself: of a few rows a GEMM call costs more than
-// the product. x and w_ih are not read where gates_x is given. The CPU kernels add b_ih in any
-// case, so that gates_x comes without it (a GEMM that starts from a bias first has to write it to
-// every row); for CUDA it is null and in gates_x.
+// The input projection, which the CPU kernels make themselves, some steps at a time; gates_x is
+// then null. The CUDA kernels get it made, as gates_x, and read nothing here.
 struct Projection {
   int64_t input;     // I
   const void* x;     // T [N, I]
@@ -39,7 +37,7 @@ struct LstmForward {
   Sequence seq;
   int64_t hidden, proj;  // proj = 0: no projection
   Projection projection;
-  const void* gates_x;  // T [N, 4H], x W_ih^T (CUDA: + b_ih)
+  const void* gates_x;  // T [N, 4H], x W_ih^T + b_ih, or null (see Projection)
   const void* w_hh;     // T [4H, R]
   const void* b_hh;     // T [4H] or null
   const void* w_hr;     // T [R, H], null without projection
@@ -81,7 +79,7 @@ struct GruForward {
   int64_t hidden;
   bool reset_before;
   Projection projection;
-  const void* gates_x;  // T [N, 3H], x W_ih^T (CUDA: + b_ih)
+  const void* gates_x;  // T [N, 3H], x W_ih^T + b_ih, or null (see Projection)
   const void* w_hh;     // T [3H, H]
   const void* b_hh;     // T [3H] or null
   const void* h0;       // T [B, H]

@@ -8,12 +8,17 @@ namespace rnnlm::cpu {
 // What a kernel did: nothing went wrong, or memory for its workspace could not be had.
 enum class Result : int { ok = 0, out_of_memory = 1 };
 
+// A recurrence takes one problem, or two of the same dtype that need not wait for each other (the
+// directions of a layer): those run at the same time where half of the threads will do for each.
+template <class Params>
+using Recurrence = Result (*)(const Params* problems, int count);
+
 struct Kernels {
   const char* isa;
-  Result (*lstm_forward)(const LstmForward&);
-  Result (*lstm_backward)(const LstmBackward&);
-  Result (*gru_forward)(const GruForward&);
-  Result (*gru_backward)(const GruBackward&);
+  Recurrence<LstmForward> lstm_forward;
+  Recurrence<LstmBackward> lstm_backward;
+  Recurrence<GruForward> gru_forward;
+  Recurrence<GruBackward> gru_backward;
   Result (*cross_entropy)(const CrossEntropy&);
   // y = f(x) for n floats (f64: doubles), so that tests reach the vector math: 0 exp, 1 sigmoid,
   // 2 tanh.

@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -12,7 +13,9 @@
 #include <thread>
 #include <vector>
 
-#if defined(__linux__)
+#if defined(__APPLE__)
+#include <mach-o/dyld.h>
+#else
 #include <link.h>
 #endif
 #if defined(__x86_64__)
@@ -54,24 +57,28 @@ void bind(OpenMP& omp, const char* path) {
   if (found) omp = found;
 }
 
-#if defined(__linux__)
-int visit(dl_phdr_info* info, size_t, void* context) {
-  OpenMP& omp = *static_cast<OpenMP*>(context);
-  if (!looks_like_openmp(info->dlpi_name)) return 0;
-  bind(omp, info->dlpi_name);
-  // Several may be loaded (torch's own and the system's): torch's wheel carries its own under
-  // torch/lib or torch.libs, and that is the pool that runs torch's kernels.
-  const std::string path = info->dlpi_name;
-  return omp && path.find("torch") != std::string::npos;
+// Takes a library's runtime, if it has one; true where there is no need to look further. Several
+// may be loaded (torch's own and the system's): torch's wheel carries its own under torch/lib or
+// torch.libs, and that is the pool that runs torch's kernels.
+bool consider(OpenMP& omp, const char* path) {
+  if (!looks_like_openmp(path)) return false;
+  bind(omp, path);
+  return omp && std::string(path).find("torch") != std::string::npos;
 }
-#endif
 
 // Looked up once, at the first call: torch is imported before any tensor exists.
 const OpenMP& openmp() {
   static const OpenMP found = [] {
     OpenMP omp;
-#if defined(__linux__)
-    dl_iterate_phdr(visit, &omp);
+#if defined(__APPLE__)
+    for (uint32_t i = 0; i < _dyld_image_count(); ++i)
+      if (consider(omp, _dyld_get_image_name(i))) break;
+#else
+    dl_iterate_phdr(
+        [](dl_phdr_info* info, size_t, void* context) {
+          return int(consider(*static_cast<OpenMP*>(context), info->dlpi_name));
+        },
+        &omp);
 #endif
     return omp;
   }();
@@ -137,6 +144,28 @@ void parallel(int threads, Body body, void* context) {
   } else {
     spawn_team(threads, call);
   }
+}
+
+bool side_by_side(int threads, const Demand& first, const Demand& second) {
+  const int half = threads / 2;
+  const auto half_will_do = [half](const Demand& d) {
+    return d.threads <= half || d.caches <= half;
+  };
+  return half > 0 && half_will_do(first) && half_will_do(second) &&
+         std::min(first.work, second.work) >= kThreadWork;
+}
+
+void divide(int came, int first, int second, Crew crews[2]) {
+  if (came <= 1) {
+    crews[0] = crews[1] = {0, came};
+    return;
+  }
+  if (came < first + second) {
+    first = std::max(1, std::min(came - 1, came * first / (first + second)));
+    second = came - first;
+  }
+  crews[0] = {0, first};
+  crews[1] = {first, second};
 }
 
 const char* parallel_runtime() {

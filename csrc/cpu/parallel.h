@@ -18,6 +18,32 @@ using Body = void (*)(void* context, int thread, int num_threads);
 // docs/decisions.md.
 void parallel(int threads, Body body, void* context);
 
+// Multiply-adds that make one more thread worth waking.
+constexpr int64_t kThreadWork = 100'000;
+
+// What a problem asks of a team by itself.
+struct Demand {
+  int threads;     // that it has a use for
+  int64_t caches;  // of cores, that its weights fill (to the nearest)
+  int64_t work;    // multiply-adds
+};
+
+// Whether a team of `threads` should run two problems, which need not wait for each other, side by
+// side, half a team for each; otherwise it is one after the other by all. Half a team waits less at
+// barriers and has more rows for each weight that it loads, and may be all that a problem can use.
+// A whole one has room in its caches for twice the weights.
+bool side_by_side(int threads, const Demand& first, const Demand& second);
+
+// Some threads of a team, the neighbours begin .. begin + size.
+struct Crew {
+  int begin, size;
+};
+
+// Which of the `came` threads of a team run the first and the second problem side by side, which
+// asked for `first` and `second` threads: so many, or as large a part of them as there is. A single
+// thread is the crew of both.
+void divide(int came, int first, int second, Crew crews[2]);
+
 // Where `parallel` gets its threads from: the name of the runtime's library, or "std::thread".
 const char* parallel_runtime();
 

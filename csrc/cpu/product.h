@@ -1,5 +1,5 @@
-// The recurrent product: out[m][u] = init[u] + sum_k a[m][k] * M(u, k), in float32 (float64 for
-// float64), where M is a weight matrix read by rows or by columns.
+// The product of a layer: out[m][u] = start[m][u] + sum_k a[m][k] * M(u, k), in float32 (float64
+// for float64), where M is a weight matrix read by rows or by columns.
 //
 // Outputs are computed in blocks of NV vectors of kLanes units. A packed block ("panel") holds its
 // weights as [K][NV][kLanes], the order in which the inner loop reads them, so that a step streams
@@ -57,10 +57,15 @@ constexpr int kVectorRegisters = 32;
 constexpr int kVectorRegisters = 16;
 #endif
 
-// Rows whose accumulators fit the registers, next to NV weights and one broadcast value.
+// Rows whose accumulators fit the registers, next to NV weights and one broadcast value. Where two
+// rows of four vectors is all, six of two are better: a load less for every four multiply-adds.
 constexpr int max_rows(int nv) {
   const int rows = (kVectorRegisters - nv - 1) / nv;
+  if (nv == 4 && rows < 4) return max_rows(2);
   return rows > 8 ? 8 : rows;
+}
+constexpr int vectors_at_once(int nv, int rows) {
+  return (rows + 1) * nv < kVectorRegisters ? nv : 2;
 }
 constexpr int kMaxVectors = 4;
 constexpr int kRowsAtOnce = 48;  // whose sums, inputs and piece of the panel fit the L1 cache
@@ -69,53 +74,74 @@ constexpr int kRowsAtOnce = 48;  // whose sums, inputs and piece of the panel fi
 // the bits that a blocked one does; and this much of a panel stays in the L1 cache for all rows.
 constexpr int64_t kChain = 128;
 
-// acc[MR][NV][kLanes] (+)= the part of the sums over k < K. `base` is what to add it to: acc
-// itself, [NV][kLanes] for every row (`base_step` 0), or null for zero.
-template <class T, int NV, int MR>
-void chain(const T* a, int64_t lda, int64_t K, const T* panel, const T* base, int64_t base_step,
+// What the sums of some rows of one block start from: data[row * step][NV][kLanes], with step 0 the
+// same for every row, or null for zero. Not where the sums go: tiles compute some rows twice.
+template <class T>
+struct Start {
+  const T* data = nullptr;
+  int64_t step = 0;  // numbers between two rows
+
+  Start rows_from(int64_t row) const { return {data ? data + row * step : nullptr, step}; }
+};
+
+// acc[MR][V of NV][kLanes] = start + the part of the sums over k < K. Of the weights that come
+// after these it asks for one vector a k, at `ahead`: where they come from beyond the L2 cache,
+// several rows would wait longer for them than they are multiplied. (One or two rows wait anyway.)
+template <class T, int NV, int MR, int V = NV>
+void chain(const T* a, int64_t lda, int64_t K, const T* panel, const T* ahead, Start<T> start,
            T* acc) {
   constexpr int L = kLanes<T>;
-  Vec<T> sum[MR][NV] = {};
-  for (int64_t k = 0; k < K; ++k, panel += NV * L) {
-    Vec<T> w[NV];
+  Vec<T> sum[MR][V] = {};
+  for (int64_t k = 0; k < K; ++k, panel += NV * L, ahead += L) {
+    if constexpr (MR > 2 && kVectorBytes > 16) __builtin_prefetch(ahead, 0, 1);
+    Vec<T> w[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) w[v] = load(panel + v * L);
+    for (int v = 0; v < V; ++v) w[v] = load(panel + v * L);
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
       const Vec<T> x = splat(a[m * lda + k]);
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) sum[m][v] = fma(x, w[v], sum[m][v]);
+      for (int v = 0; v < V; ++v) sum[m][v] = fma(x, w[v], sum[m][v]);
     }
   }
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      if (base) sum[m][v] = load(base + m * base_step + v * L) + sum[m][v];
+    for (int v = 0; v < V; ++v) {
+      if (start.data) sum[m][v] = load(start.data + m * start.step + v * L) + sum[m][v];
       store(acc + (m * NV + v) * L, sum[m][v]);
     }
 }
 
 template <class T, int NV, int MR = 1>
 RNNLM_INLINE void chain_rows(int rows, const T* a, int64_t lda, int64_t K, const T* panel,
-                             const T* base, int64_t base_step, T* acc) {
+                             const T* ahead, Start<T> start, T* acc) {
   if constexpr (MR <= max_rows(NV)) {
-    if (rows == MR) return chain<T, NV, MR>(a, lda, K, panel, base, base_step, acc);
-    chain_rows<T, NV, MR + 1>(rows, a, lda, K, panel, base, base_step, acc);
+    if (rows == MR) {
+      constexpr int V = vectors_at_once(NV, MR);
+      for (int v = 0; v < NV * kLanes<T>; v += V * kLanes<T>)
+        chain<T, NV, MR, V>(a, lda, K, panel + v, ahead + v,
+                            {start.data ? start.data + v : nullptr, start.step}, acc + v);
+      return;
+    }
+    chain_rows<T, NV, MR + 1>(rows, a, lda, K, panel, ahead, start, acc);
   }
 }
 
-// Sums of `rows` rows of a with one panel.
+// Sums of `rows` rows of a with one panel. `next` is the panel that will be wanted after it.
 template <class T, int NV>
-void product(int rows, const T* a, int64_t lda, int64_t K, const T* panel, const T* init, T* acc) {
+void product(int rows, const T* a, int64_t lda, int64_t K, const T* panel, const T* next,
+             Start<T> start, T* acc) {
   constexpr int L = kLanes<T>;
   const int groups = int(ceil_div(rows, max_rows(NV)));  // of nearly equal size
-  for (int64_t k = 0; k < K; k += kChain) {
+  for (int64_t k = 0; k == 0 || k < K; k += kChain) {
+    const T* ahead = k + kChain < K ? panel + (k + kChain) * NV * L : next;
     for (int g = 0; g < groups; ++g) {
       const int begin = rows * g / groups, end = rows * (g + 1) / groups;
       T* out = acc + begin * NV * L;
+      const Start<T> from = k ? Start<T>{out, NV * L} : start.rows_from(begin);
       chain_rows<T, NV>(end - begin, a + begin * lda + k, lda, min64(kChain, K - k),
-                        panel + k * NV * L, k ? out : init, k ? NV * L : 0, out);
+                        panel + k * NV * L, ahead + g * kChain * L, from, out);
     }
   }
 }
@@ -142,8 +168,8 @@ RNNLM_INLINE Word splat_pair(const bf16* p) {
 
 // `chain` for pairs.
 template <int NV, int MR>
-void pair_chain(const bf16* a, int64_t lda, int64_t K, const bf16* panel, const float* base,
-                int64_t base_step, float* acc) {
+void pair_chain(const bf16* a, int64_t lda, int64_t K, const bf16* panel, Start<float> start,
+                float* acc) {
   constexpr int L = kLanes<float>;
   Vec<float> sum[MR][NV] = {};
   for (int64_t k = 0; k < K; k += 2) {
@@ -162,33 +188,33 @@ void pair_chain(const bf16* a, int64_t lda, int64_t K, const bf16* panel, const 
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
-      if (base) sum[m][v] = load(base + m * base_step + v * L) + sum[m][v];
+      if (start.data) sum[m][v] = load(start.data + m * start.step + v * L) + sum[m][v];
       store(acc + (m * NV + v) * L, sum[m][v]);
     }
 }
 
 template <int NV, int MR = 1>
 RNNLM_INLINE void pair_chain_rows(int rows, const bf16* a, int64_t lda, int64_t K,
-                                  const bf16* panel, const float* base, int64_t base_step,
-                                  float* acc) {
+                                  const bf16* panel, Start<float> start, float* acc) {
   if constexpr (MR <= max_rows(NV)) {
-    if (rows == MR) return pair_chain<NV, MR>(a, lda, K, panel, base, base_step, acc);
-    pair_chain_rows<NV, MR + 1>(rows, a, lda, K, panel, base, base_step, acc);
+    if (rows == MR) return pair_chain<NV, MR>(a, lda, K, panel, start, acc);
+    pair_chain_rows<NV, MR + 1>(rows, a, lda, K, panel, start, acc);
   }
 }
 
 // `product` for pairs.
 template <int NV>
 void pair_product(int rows, const bf16* a, int64_t lda, int64_t K, const bf16* panel,
-                  const float* init, float* acc) {
+                  Start<float> start, float* acc) {
   constexpr int L = kLanes<float>;
   const int groups = int(ceil_div(rows, max_rows(NV)));
-  for (int64_t k = 0; k < K; k += kChain) {
+  for (int64_t k = 0; k == 0 || k < K; k += kChain) {
     for (int g = 0; g < groups; ++g) {
       const int begin = rows * g / groups, end = rows * (g + 1) / groups;
       float* out = acc + begin * NV * L;
       pair_chain_rows<NV>(end - begin, a + begin * lda + k, lda, min64(kChain, K - k),
-                          panel + k * NV * L, k ? out : init, k ? NV * L : 0, out);
+                          panel + k * NV * L,
+                          k ? Start<float>{out, NV * L} : start.rows_from(begin), out);
     }
   }
 }
@@ -219,6 +245,8 @@ class Tiles {
       uint8_t rows[16] = {};
     } config;
     for (int tile = 0; tile < 8; ++tile) config.rows[tile] = uint8_t(tile < 6 ? rows : 16);
+    // GCC believes that the instruction reads 8 of the 64 bytes, and drops stores to the others.
+    __asm__ volatile("" : : "r"(&config) : "memory");
     _tile_loadconfig(&config);
   }
 
@@ -235,13 +263,14 @@ RNNLM_INLINE void tiles_touch_memory() {
 // Sums of one group of rows with V vectors of a panel. Steps in bytes, that of w in numbers.
 template <int V>
 void tile_product(const bf16* a, int64_t a_step, int64_t K, const bf16* w, int64_t w_step,
-                  const float* init, float* acc, int64_t acc_step) {
+                  Start<float> start, float* acc, int64_t acc_step) {
   constexpr int L = kLanes<float>;
-  if (init) {
-    _tile_loadd(0, init, 0);
-    if constexpr (V > 1) _tile_loadd(1, init + L, 0);
-    if constexpr (V > 2) _tile_loadd(2, init + 2 * L, 0);
-    if constexpr (V > 3) _tile_loadd(3, init + 3 * L, 0);
+  if (const float* from = start.data) {
+    const int64_t step = start.step * int64_t(sizeof(float));
+    _tile_loadd(0, from, step);
+    if constexpr (V > 1) _tile_loadd(1, from + L, step);
+    if constexpr (V > 2) _tile_loadd(2, from + 2 * L, step);
+    if constexpr (V > 3) _tile_loadd(3, from + 3 * L, step);
   } else {
     _tile_zero(0);
     if constexpr (V > 1) _tile_zero(1);
@@ -276,13 +305,15 @@ void tile_product(const bf16* a, int64_t a_step, int64_t K, const bf16* w, int64
 // is used twice.
 template <int V>
 void tile_product_2(const bf16* a, const bf16* a2, int64_t a_step, int64_t K, const bf16* w,
-                    int64_t w_step, const float* init, float* acc, float* acc2, int64_t acc_step) {
+                    int64_t w_step, Start<float> start, Start<float> start2, float* acc,
+                    float* acc2, int64_t acc_step) {
   constexpr int L = kLanes<float>;
-  if (init) {
-    _tile_loadd(0, init, 0);
-    _tile_loadd(1, init, 0);
-    if constexpr (V > 1) _tile_loadd(2, init + L, 0);
-    if constexpr (V > 1) _tile_loadd(3, init + L, 0);
+  if (start.data) {
+    const int64_t step = start.step * int64_t(sizeof(float));
+    _tile_loadd(0, start.data, step);
+    _tile_loadd(1, start2.data, step);
+    if constexpr (V > 1) _tile_loadd(2, start.data + L, step);
+    if constexpr (V > 1) _tile_loadd(3, start2.data + L, step);
   } else {
     _tile_zero(0);
     _tile_zero(1);
@@ -310,7 +341,7 @@ void tile_product_2(const bf16* a, const bf16* a2, int64_t a_step, int64_t K, co
 
 template <int NV>
 void tiled_product(Tiles& tiles, int rows, const bf16* a, int64_t lda, int64_t K, const bf16* panel,
-                   const float* init, float* acc) {
+                   Start<float> start, float* acc) {
   constexpr int L = kLanes<float>;
   constexpr int64_t w_step = NV * kTileSize;
   constexpr int64_t acc_step = NV * L * int64_t(sizeof(float));
@@ -319,18 +350,23 @@ void tiled_product(Tiles& tiles, int rows, const bf16* a, int64_t lda, int64_t K
   tiles.set_rows(size);
   tiles_touch_memory();
   const auto first = [&](int g) { return min64(g * size, rows - size); };
+  const auto vectors_from = [](Start<float> s, int v) {
+    return Start<float>{s.data ? s.data + v * L : nullptr, s.step};
+  };
   int g = 0;
   for (; g + 1 < groups; g += 2) {
     const bf16 *x = a + first(g) * lda, *x2 = a + first(g + 1) * lda;
     float *out = acc + first(g) * NV * L, *out2 = acc + first(g + 1) * NV * L;
-    tile_product_2<2>(x, x2, a_step, K, panel, w_step, init, out, out2, acc_step);
+    const Start<float> from = start.rows_from(first(g)), from2 = start.rows_from(first(g + 1));
+    tile_product_2<(NV > 1 ? 2 : 1)>(x, x2, a_step, K, panel, w_step, from, from2, out, out2,
+                                     acc_step);
     if constexpr (NV > 2)
-      tile_product_2<NV - 2>(x, x2, a_step, K, panel + 2 * kTileSize, w_step,
-                             init ? init + 2 * L : nullptr, out + 2 * L, out2 + 2 * L, acc_step);
+      tile_product_2<NV - 2>(x, x2, a_step, K, panel + 2 * kTileSize, w_step, vectors_from(from, 2),
+                             vectors_from(from2, 2), out + 2 * L, out2 + 2 * L, acc_step);
   }
   if (g < groups)
-    tile_product<NV>(a + first(g) * lda, a_step, K, panel, w_step, init, acc + first(g) * NV * L,
-                     acc_step);
+    tile_product<NV>(a + first(g) * lda, a_step, K, panel, w_step, start.rows_from(first(g)),
+                     acc + first(g) * NV * L, acc_step);
   tiles_touch_memory();
 }
 #else
@@ -339,7 +375,7 @@ struct Tiles {};
 
 // A matrix and how its outputs are cut into blocks. Vector v of block b holds the outputs of units
 // unit(b, v) .. unit(b, v) + lanes(b, v); with gates, NV = G and vector v belongs to gate v of the
-// same units; otherwise the vectors of a block are neighbours.
+// same units; otherwise the vectors of a block are neighbours, and the last block may have fewer.
 template <class S>
 struct Matrix {
   using T = Arithmetic<S>;
@@ -347,19 +383,21 @@ struct Matrix {
   static constexpr int L = kLanes<T>;
 
   const S* w = nullptr;
-  int64_t ld = 0;             // distance of two rows of w
-  bool columns = false;       // M(u, k) = w[k][u], else w[u][k]
-  bool gates = false;         // vectors of a block are gates
-  int vectors = 1;            // NV
-  int64_t units = 0;          // outputs (of one gate)
-  int64_t depth = 0;          // K
-  const T* bias = nullptr;    // packed [blocks][NV][L] or null
-  const X* panels = nullptr;  // packed [blocks][K][NV][L], or null: read w as it is
+  int64_t ld = 0;           // distance of two rows of w
+  bool columns = false;     // M(u, k) = w[k][u], else w[u][k]
+  bool gates = false;       // vectors of a block are gates
+  int vectors = 1;          // NV, at most
+  int64_t units = 0;        // outputs (of one gate)
+  int64_t depth = 0;        // K
+  const T* bias = nullptr;  // packed [blocks][NV][L] or null
 
   int64_t block_units() const { return gates ? L : L * vectors; }
   int64_t blocks() const { return ceil_div(units, block_units()); }
   int64_t unit(int64_t block, int v) const { return block * block_units() + (gates ? 0 : v * L); }
-  int64_t lanes(int64_t block, int v) const { return max64(0, min64(L, units - unit(block, v))); }
+  int64_t lanes(int64_t block, int v) const { return min64(L, units - unit(block, v)); }
+  int vectors_of(int64_t block) const {
+    return gates ? vectors : int(min64(vectors, ceil_div(units - unit(block, 0), L)));
+  }
   // Row (or column) of w that holds the weights of the first lane.
   int64_t line(int64_t block, int v) const {
     return gates ? v * units + block * L : unit(block, v);
@@ -377,21 +415,20 @@ struct Matrix {
   }
 
   void pack_numbers(int64_t block, T* panel) const {
-    for (int v = 0; v < vectors; ++v) {
+    for (int v = 0; v < vectors_of(block); ++v) {
       const int64_t n = lanes(block, v), first = line(block, v);
       T* out = panel + v * L;
-      const int64_t step = vectors * L;
+      const int64_t step = vectors_of(block) * L;
       if (columns) {
         for (int64_t k = 0; k < depth; ++k) store(out + k * step, load(w + k * ld + first, n));
         continue;
       }
-      // Sixteen rows advance together: reads are sequential, writes are whole vectors.
       for (int64_t k0 = 0; k0 < depth; k0 += L) {
         const int64_t kn = min64(L, depth - k0);
-        T tile[L][L] = {};
-        for (int64_t l = 0; l < n; ++l) store(tile[l], load(w + (first + l) * ld + k0, kn));
-        for (int64_t k = 0; k < kn; ++k)
-          for (int64_t l = 0; l < L; ++l) out[(k0 + k) * step + l] = tile[l][k];
+        Vec<T> tile[L] = {};
+        for (int64_t l = 0; l < n; ++l) tile[l] = load(w + (first + l) * ld + k0, kn);
+        transpose<T>(tile);
+        for (int64_t k = 0; k < kn; ++k) store(out + (k0 + k) * step, tile[k]);
       }
     }
   }
@@ -399,7 +436,7 @@ struct Matrix {
   void pack_pairs(int64_t block, S* panel) const {
     for (int64_t k0 = 0; k0 < packed_depth(); k0 += kTileDepth) {
       const int64_t kn = min64(kTileDepth, depth - k0);
-      for (int v = 0; v < vectors; ++v, panel += kTileSize) {
+      for (int v = 0; v < vectors_of(block); ++v, panel += kTileSize) {
         const int64_t n = lanes(block, v), first = line(block, v);
         if (columns) {
           S rows[kTileDepth][L] = {};
@@ -408,12 +445,12 @@ struct Matrix {
           for (int64_t k = 0; k < kTileDepth; ++k)
             for (int64_t l = 0; l < L; ++l) panel[k / 2 * 2 * L + 2 * l + k % 2] = rows[k][l];
         } else {
-          S rows[L][kTileDepth] = {};
+          // Pairs of bfloat16 move as words.
+          Vec<float> rows[L] = {};
           for (int64_t l = 0; l < n; ++l)
-            memcpy(rows[l], w + (first + l) * ld + k0, size_t(kn) * sizeof(S));
-          for (int64_t k = 0; k < kTileDepth; k += 2)
-            for (int64_t l = 0; l < L; ++l)
-              memcpy(panel + k * L + 2 * l, &rows[l][k], 2 * sizeof(S));
+            rows[l] = (Vec<float>)load_pairs(w + (first + l) * ld + k0, kn);
+          transpose<float>(rows);
+          for (int64_t k = 0; k < L; ++k) memcpy(panel + k * 2 * L, &rows[k], sizeof rows[k]);
         }
       }
     }
@@ -422,7 +459,7 @@ struct Matrix {
   // The sums of two biases, either of which may be null; the second only of the first so many
   // vectors.
   void pack_bias(int64_t block, const S* one, const S* two, int vectors_of_two, T* packed) const {
-    for (int v = 0; v < vectors; ++v) {
+    for (int v = 0; v < vectors_of(block); ++v) {
       const int64_t first = line(block, v), n = lanes(block, v);
       Vec<T> sum = one ? load(one + first, n) : Vec<T>{};
       if (two && v < vectors_of_two) sum = sum + load(two + first, n);
@@ -430,47 +467,51 @@ struct Matrix {
     }
   }
 
-  // acc [rows][NV][L] for up to kRowsAtOnce rows of a.
-  void multiply(Tiles& tiles, int64_t block, int rows, const X* a, int64_t lda, T* acc) const {
-    const T* init = bias ? bias + block * vectors * L : nullptr;
-    if (!panels) return multiply_unpacked(block, rows, a, lda, init, acc);
-    switch (vectors) {
+  // What all rows of a block start from without anything else.
+  Start<T> start(int64_t block) const { return {bias ? bias + block * vectors * L : nullptr, 0}; }
+
+  // acc [rows][vectors_of(block)][L] for up to kRowsAtOnce rows of a. `panel`: the packed block, or
+  // null: w is read as it is. `next`: the panel that will be wanted after it.
+  void multiply(Tiles& tiles, int64_t block, const X* panel, const X* next, int rows, const X* a,
+                int64_t lda, Start<T> start, T* acc) const {
+    if (!panel) return multiply_unpacked(block, rows, a, lda, start, acc);
+    switch (vectors_of(block)) {
+      case 1:
+        return multiply_packed<1>(tiles, panel, next, rows, a, lda, start, acc);
       case 2:
-        return multiply_packed<2>(tiles, block, rows, a, lda, init, acc);
+        return multiply_packed<2>(tiles, panel, next, rows, a, lda, start, acc);
       case 3:
-        return multiply_packed<3>(tiles, block, rows, a, lda, init, acc);
+        return multiply_packed<3>(tiles, panel, next, rows, a, lda, start, acc);
       default:
-        return multiply_packed<4>(tiles, block, rows, a, lda, init, acc);
+        return multiply_packed<4>(tiles, panel, next, rows, a, lda, start, acc);
     }
   }
 
   template <int NV>
-  void multiply_packed([[maybe_unused]] Tiles& tiles, int64_t block, int rows, const X* a,
-                       int64_t lda, const T* init, T* acc) const {
-    const X* panel = panels + block * panel_size();
+  void multiply_packed([[maybe_unused]] Tiles& tiles, const X* panel,
+                       [[maybe_unused]] const X* next, int rows, const X* a, int64_t lda,
+                       Start<T> start, T* acc) const {
 #if defined(__AMX_BF16__)
     if constexpr (kPairs<S>)
-      return tiled_product<NV>(tiles, rows, a, lda, packed_depth(), panel, init, acc);
+      return tiled_product<NV>(tiles, rows, a, lda, packed_depth(), panel, start, acc);
 #elif defined(__AVX512BF16__)
     if constexpr (kPairs<S>)
-      return pair_product<NV>(rows, a, lda, packed_depth(), panel, init, acc);
+      return pair_product<NV>(rows, a, lda, packed_depth(), panel, start, acc);
 #endif
-    if constexpr (!kPairs<S>) product<T, NV>(rows, a, lda, depth, panel, init, acc);
+    if constexpr (!kPairs<S>) product<T, NV>(rows, a, lda, depth, panel, next, start, acc);
   }
 
   // For so few rows in all that packing would cost more than it saves.
-  void multiply_unpacked(int64_t block, int rows, const X* a, int64_t lda, const T* init,
+  void multiply_unpacked(int64_t block, int rows, const X* a, int64_t lda, Start<T> start,
                          T* acc) const {
-    for (int m = 0; m < rows; ++m) {
-      for (int v = 0; v < vectors; ++v) {
-        T* out = acc + (m * vectors + v) * L;
-        store(out, init ? load(init + v * L) : Vec<T>{});
-      }
+    const int count = vectors_of(block);
+    for (int m = 0; m < rows; ++m, acc += count * L) {
+      const T* from = start.rows_from(m).data;
+      for (int v = 0; v < count; ++v) store(acc + v * L, from ? load(from + v * L) : Vec<T>{});
       if (columns)
-        add_columns(block, a + m * lda, acc + m * vectors * L);
+        add_columns(block, a + m * lda, acc);
       else
-        for (int v = 0; v < vectors; ++v)
-          add_dots(block, v, a + m * lda, acc + (m * vectors + v) * L);
+        for (int v = 0; v < count; ++v) add_dots(block, v, a + m * lda, acc + v * L);
     }
   }
 
@@ -496,10 +537,13 @@ struct Matrix {
     for (int64_t l = 0; l < n; l += 4) {
       Vec<T> dots[4] = {};
       const S* row[4];
+#pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) row[j] = first + min64(l + j, n - 1) * ld;
       for (int64_t k = 0; k < whole; k += kDotStep)
+#pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) dots[j] = dot(x + k, row[j] + k, dots[j]);
       if (whole < depth)
+#pragma GCC unroll 4
         for (int j = 0; j < 4; ++j)
           dots[j] = dot(x + whole, row[j] + whole, depth - whole, dots[j]);
       for (int j = 0; j < 4 && l + j < n; ++j) out[l + j] += sum<T>(dots[j]);
@@ -508,15 +552,16 @@ struct Matrix {
 
   // Multiples of the rows of w, in the order of `chain`.
   void add_columns(int64_t block, const X* x, T* out) const {
+    const int count = vectors_of(block);
     for (int64_t k0 = 0; k0 < depth; k0 += kChain) {
       Vec<T> sums[kMaxVectors] = {};
       for (int64_t k = k0; k < min64(k0 + kChain, depth); ++k) {
         const Vec<T> xk = splat(to_arithmetic(x[k]));
         const S* row = w + k * ld + line(block, 0);
-        for (int v = 0; v < vectors; ++v)
+        for (int v = 0; v < count; ++v)
           sums[v] = fma(xk, load(row + v * L, lanes(block, v)), sums[v]);
       }
-      for (int v = 0; v < vectors; ++v) store(out + v * L, load(out + v * L) + sums[v]);
+      for (int v = 0; v < count; ++v) store(out + v * L, load(out + v * L) + sums[v]);
     }
   }
 };

@@ -3,11 +3,11 @@
 //
 // How a call runs. A team of threads splits the rows, the hidden units, or both (`Split`). Each
 // thread walks through all steps; in one it computes, block of units by block of units, the
-// recurrent product, the gates and the new state while the block's accumulators are in the L1
-// cache. Threads that work on the same rows meet at a barrier once a step (reset-before GRU and
-// projection: twice); threads with different rows meet only once, when the weights are packed. The
-// state is kept in the arithmetic dtype in the workspace, twice where a step reads all of the old
-// one while it writes the new one.
+// products with the input and with h, the gates and the new state while the block's accumulators
+// are in the L1 cache. Threads that work on the same rows meet at a barrier once a step
+// (reset-before GRU and projection: twice); threads with different rows meet only once, when the
+// weights are packed. The state is kept in the arithmetic dtype in the workspace, twice where a
+// step reads all of the old one while it writes the new one.
 //
 // Rows of different lengths: rows are sorted by length, so step t is rows 0 .. rows(t). A row that
 // is not in a step is not touched: cost is proportional to the valid steps.
@@ -19,6 +19,8 @@
 // Backward runs one iteration more than there are steps, for dh0 and dc0, unless nobody wants them.
 
 #include "kernels.h"
+
+#include <optional>
 
 #include "device/gates.h"
 #include "parallel.h"
@@ -97,24 +99,27 @@ class Steps {
 // How a team divides the work: row groups times unit groups.
 struct Split {
   int row_groups = 1, unit_groups = 1;
+  Demand demand{};  // `threads` and what else `side_by_side` asks for
   int threads() const { return row_groups * unit_groups; }
 };
 
-constexpr int64_t kThreadWork = 100'000;  // multiply-adds that make one more thread worth waking
-constexpr int64_t kStepWork = 20'000;     // multiply-adds a step that make a barrier worth it
+constexpr int64_t kStepWork = 20'000;          // multiply-adds a step that make a barrier worth it
 constexpr int64_t kCachedWeights = 1'000'000;  // bytes of weights that a core keeps at hand
 
-// `weights`: multiply-adds per row and step; `weight_bytes`: what a thread streams through a step;
-// `other_work`: multiply-adds outside the steps.
-Split choose_split(int threads, int64_t steps, int64_t batch, int64_t weights, int64_t weight_bytes,
-                   int64_t other_work = 0) {
-  const int64_t work = steps * batch * weights + other_work;
+// `weights`: multiply-adds per row and step; `weight_bytes`: what a thread reads again every step.
+Split choose_split(int threads, int64_t steps, int64_t batch, int64_t weights,
+                   int64_t weight_bytes) {
+  const int64_t work = steps * batch * weights;
   threads = int(max64(1, min64(threads, work / kThreadWork)));
   Split split;
-  int64_t units = min64(threads, ceil_div(weight_bytes, kCachedWeights));
+  // A single step reads every weight once, wherever it is.
+  const int64_t units =
+      steps == 1 ? threads : min64(threads, ceil_div(weight_bytes, kCachedWeights));
   split.row_groups = int(max64(1, min64(threads / units, batch)));
   split.unit_groups = threads / split.row_groups;
   if (batch * weights / split.threads() < kStepWork) split.unit_groups = 1;
+  const int64_t caches = max64(1, (weight_bytes + kCachedWeights / 2) / kCachedWeights);
+  split.demand = {split.threads(), caches, work};
   return split;
 }
 
@@ -137,12 +142,12 @@ Range clip(Range range, int64_t begin, int64_t end) {
   return {begin, max64(begin, min64(range.end, end))};
 }
 
-// Asks for some pieces of a row that will be read a step later. The pieces of one block of units
-// are too far apart for the CPU to guess the next.
-template <int count>
+// Asks for some pieces of a row that will be read, or written, a step later. The pieces of one
+// block of units are too far apart for the CPU to guess the next.
+template <int count, bool written = false>
 RNNLM_INLINE void prefetch(const void* row, int64_t bytes_apart) {
   for (int i = 0; i < count; ++i)
-    __builtin_prefetch(static_cast<const char*>(row) + i * bytes_apart);
+    __builtin_prefetch(static_cast<const char*>(row) + i * bytes_apart, written);
 }
 
 // A thread's place in its team.
@@ -150,7 +155,7 @@ struct Place {
   int thread, threads;
   Split split;
   Range rows;
-  int unit_group;
+  int row_group, unit_group;
   Barrier* all;
   Barrier* rows_barrier;
   Tiles* tiles;
@@ -162,6 +167,57 @@ struct Place {
   void meet_rows() const { rows_barrier->wait(split.unit_groups); }
 };
 
+// Packing reads and writes every weight once; that pays from a few products on. Of a single step
+// each block is packed right before it is used: its panel is read back from the cache.
+enum class Packing { none, at_use, ahead };
+Packing packing(const Sequence& seq) {
+  if (seq.steps == 1) return seq.batch > 4 ? Packing::at_use : Packing::none;
+  return seq.steps * ceil_div(seq.batch, 4) > 8 ? Packing::ahead : Packing::none;
+}
+
+// A weight matrix together with the workspace of its packed form.
+template <class S>
+struct Weights : Matrix<S> {
+  using T = Arithmetic<S>;
+  using X = Operand<S>;
+  Packing packing = Packing::none;
+  X* panels = nullptr;  // one for every block, or, where packed at use, for every thread
+  T* bias_space = nullptr;
+  const S *raw_bias = nullptr, *second_bias = nullptr;
+  int second_vectors = 0;
+
+  // Sums start from `bias`, and those of the first `vectors_of_second` gates also from `second`.
+  void reserve(Arena& arena, Packing how, int threads, const void* bias = nullptr,
+               const void* second = nullptr, int vectors_of_second = kMaxVectors) {
+    packing = how;
+    raw_bias = static_cast<const S*>(bias);
+    second_bias = static_cast<const S*>(second);
+    second_vectors = vectors_of_second;
+    if (how != Packing::none)
+      panels =
+          arena.take<X>((how == Packing::ahead ? this->blocks() : threads) * this->panel_size());
+    if (bias || second) this->bias = bias_space = arena.take<T>(this->bias_size());
+  }
+  // Blocks that this thread uses when units are split, an equal share when rows are.
+  void pack(const Place& place) {
+    const Range blocks = place.split.row_groups == 1 ? place.blocks(this->blocks())
+                                                     : place.everything(this->blocks());
+    for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+      if (packing == Packing::ahead) Matrix<S>::pack(b, panels + b * this->panel_size());
+      if (bias_space)
+        this->pack_bias(b, raw_bias, second_bias, second_vectors,
+                        bias_space + b * this->vectors * kLanes<T>);
+    }
+  }
+  // Where this thread finds a block packed. `now`: it has to be, if it is not ahead.
+  const X* panel(const Place& place, int64_t block, bool now = false) const {
+    if (packing != Packing::at_use) return panels ? panels + block * this->panel_size() : nullptr;
+    X* own = panels + place.thread * this->panel_size();
+    if (now) Matrix<S>::pack(block, own);
+    return own;
+  }
+};
+
 // Rows whose sums are computed before they are looked at: of nearly the same number of tiles each.
 template <class S>
 int64_t rows_at_once(int64_t rows) {
@@ -170,102 +226,86 @@ int64_t rows_at_once(int64_t rows) {
 }
 
 // Computes M's outputs for a range of rows, block of units by block, some rows at once: f(block,
-// first row, rows, acc), acc [rows][NV][kLanes]. Every other step goes through the blocks
-// backwards: where the weights do not fit the cache, the step then begins with those that the last
-// one left there.
-template <class S, class F>
-RNNLM_INLINE void for_each_piece(const Matrix<S>& m, const Place& place, Range rows, bool backwards,
-                                 const Operand<S>* a, int64_t lda, F f) {
+// first row, rows, acc, start), acc [rows][NV][kLanes], start = start_of(block, first row, rows)
+// what the sums start from. Every other step goes through the blocks backwards: where the weights
+// do not fit the cache, the step then begins with those that the last one left there.
+template <class S, class StartOf, class F>
+RNNLM_INLINE void for_each_piece(const Weights<S>& m, const Place& place, Range rows,
+                                 bool backwards, const Operand<S>* a, int64_t lda, StartOf start_of,
+                                 F f) {
   using T = Arithmetic<S>;
   alignas(64) T acc[kRowsAtOnce * kMaxVectors * kLanes<T>];
   const Range blocks = place.blocks(m.blocks());
   const int64_t at_once = rows_at_once<S>(rows.end - rows.begin);
   for (int64_t b = blocks.begin; b < blocks.end; ++b) {
     const int64_t block = backwards ? blocks.begin + blocks.end - 1 - b : b;
+    const int64_t next = b + 1 == blocks.end ? block : backwards ? block - 1 : block + 1;
     for (int64_t row = rows.begin; row < rows.end; row += at_once) {
       const int count = int(min64(at_once, rows.end - row));
-      m.multiply(*place.tiles, block, count, a + row * lda, lda, acc);
-      f(block, row, count, acc);
+      const Start<T> start = start_of(block, row, count);
+      const Operand<S>* panel = m.panel(place, block, row == rows.begin);
+      m.multiply(*place.tiles, block, panel, m.panel(place, next), count, a + row * lda, lda, start,
+                 acc);
+      f(block, row, count, acc, start);
     }
   }
 }
 
-// Where vectors are gates of the same units: f(row, unit, lanes, sums of the gates), where sums may
-// be written. `then` is called in the same way once f has seen all rows of the piece: a chain of
-// operations longer than the CPU looks ahead is best cut in two.
-template <class S, class F, class Then>
-RNNLM_INLINE void for_each_gates(const Matrix<S>& m, const Place& place, Range rows, bool backwards,
-                                 const Operand<S>* a, int64_t lda, F f, Then then) {
+// Where vectors are gates of the same units: f(row, unit, lanes, sums of the gates, what they
+// started from), where sums may be written. `then` is called in the same way once f has seen all
+// rows of the piece: a chain of operations longer than the CPU looks ahead is best cut in two.
+template <class S, class StartOf, class F, class Then>
+RNNLM_INLINE void for_each_gates(const Weights<S>& m, const Place& place, Range rows,
+                                 bool backwards, const Operand<S>* a, int64_t lda, StartOf start_of,
+                                 F f, Then then) {
   using T = Arithmetic<S>;
-  for_each_piece(m, place, rows, backwards, a, lda,
-                 [&](int64_t block, int64_t row, int count, T* acc) {
+  for_each_piece(m, place, rows, backwards, a, lda, start_of,
+                 [&](int64_t block, int64_t row, int count, T* acc, Start<T> start) {
                    const int64_t unit = m.unit(block, 0), lanes = m.lanes(block, 0);
                    const int64_t step = m.vectors * kLanes<T>;
-                   for (int i = 0; i < count; ++i) f(row + i, unit, lanes, acc + i * step);
+                   for (int i = 0; i < count; ++i)
+                     f(row + i, unit, lanes, acc + i * step, start.rows_from(i).data);
                    for (int i = 0; i < count; ++i) then(row + i, unit, lanes, acc + i * step);
                  });
 }
-template <class S, class F>
-RNNLM_INLINE void for_each_gates(const Matrix<S>& m, const Place& place, Range rows, bool backwards,
-                                 const Operand<S>* a, int64_t lda, F f) {
-  for_each_gates(m, place, rows, backwards, a, lda, f,
+template <class S, class StartOf, class F>
+RNNLM_INLINE void for_each_gates(const Weights<S>& m, const Place& place, Range rows,
+                                 bool backwards, const Operand<S>* a, int64_t lda, StartOf start_of,
+                                 F f) {
+  for_each_gates(m, place, rows, backwards, a, lda, start_of, f,
                  [](int64_t, int64_t, int64_t, const Arithmetic<S>*) {});
 }
 
 // Where the vectors of a block are neighbours: f(row, unit, lanes, sums) for each.
-template <class S, class F>
-RNNLM_INLINE void for_each_output(const Matrix<S>& m, const Place& place, Range rows,
-                                  bool backwards, const Operand<S>* a, int64_t lda, F f) {
+template <class S, class StartOf, class F>
+RNNLM_INLINE void for_each_output(const Weights<S>& m, const Place& place, Range rows,
+                                  bool backwards, const Operand<S>* a, int64_t lda,
+                                  StartOf start_of, F f) {
   using T = Arithmetic<S>;
-  for_each_piece(
-      m, place, rows, backwards, a, lda, [&](int64_t block, int64_t row, int count, const T* acc) {
-        for (int i = 0; i < count; ++i)
-          for (int v = 0; v < m.vectors && m.lanes(block, v) > 0; ++v)
-            f(row + i, m.unit(block, v), m.lanes(block, v), acc + (i * m.vectors + v) * kLanes<T>);
-      });
+  for_each_piece(m, place, rows, backwards, a, lda, start_of,
+                 [&](int64_t block, int64_t row, int count, const T* acc, Start<T>) {
+                   for (int i = 0; i < count; ++i)
+                     for (int v = 0; v < m.vectors_of(block); ++v, acc += kLanes<T>)
+                       f(row + i, m.unit(block, v), m.lanes(block, v), acc);
+                 });
+}
+template <class S, class F>
+RNNLM_INLINE void for_each_output(const Weights<S>& m, const Place& place, Range rows,
+                                  bool backwards, const Operand<S>* a, int64_t lda, F f) {
+  for_each_output(
+      m, place, rows, backwards, a, lda,
+      [&](int64_t block, int64_t, int) { return m.start(block); }, f);
 }
 
 // The same walk over units and rows without a product: f(row, unit, lanes).
 template <class S, class F>
-RNNLM_INLINE void for_each_unit(const Matrix<S>& m, const Place& place, Range rows, F f) {
+RNNLM_INLINE void for_each_unit(const Weights<S>& m, const Place& place, Range rows, F f) {
   const Range blocks = place.blocks(m.blocks());
   for (int64_t block = blocks.begin; block < blocks.end; ++block)
     for (int64_t row = rows.begin; row < rows.end; ++row)
-      for (int v = 0; v < (m.gates ? 1 : m.vectors) && m.lanes(block, v) > 0; ++v)
+      for (int v = 0; v < (m.gates ? 1 : m.vectors_of(block)); ++v)
         f(row, m.unit(block, v), m.lanes(block, v));
 }
-
-// A weight matrix together with the workspace of its packed form.
-template <class S>
-struct Weights : Matrix<S> {
-  using T = Arithmetic<S>;
-  using X = Operand<S>;
-  X* panel_space = nullptr;
-  T* bias_space = nullptr;
-  const S *raw_bias = nullptr, *second_bias = nullptr;
-  int second_vectors = 0;
-
-  // Sums start from `bias`, and those of the first `vectors_of_second` gates also from `second`.
-  void reserve(Arena& arena, bool pack, const void* bias, const void* second = nullptr,
-               int vectors_of_second = kMaxVectors) {
-    raw_bias = static_cast<const S*>(bias);
-    second_bias = static_cast<const S*>(second);
-    second_vectors = vectors_of_second;
-    if (pack) this->panels = panel_space = arena.take<X>(this->panels_size());
-    if (bias || second) this->bias = bias_space = arena.take<T>(this->bias_size());
-  }
-  // Blocks that this thread uses when units are split, an equal share when rows are.
-  void pack(const Place& place) {
-    const Range blocks = place.split.row_groups == 1 ? place.blocks(this->blocks())
-                                                     : place.everything(this->blocks());
-    for (int64_t b = blocks.begin; b < blocks.end; ++b) {
-      if (panel_space) Matrix<S>::pack(b, panel_space + b * this->panel_size());
-      if (bias_space)
-        this->pack_bias(b, raw_bias, second_bias, second_vectors,
-                        bias_space + b * this->vectors * kLanes<T>);
-    }
-  }
-};
 
 template <class S>
 Weights<S> gate_rows(const void* w, int64_t hidden, int64_t depth, int gates) {
@@ -298,52 +338,98 @@ Weights<S> columns(const void* w, int64_t units, int64_t depth) {
   return m;
 }
 
-// Packing reads and writes every weight once; that pays from a few products on.
-bool worth_packing(const Sequence& seq) {
-  return seq.steps * ceil_div(seq.batch, 4) > 8;
-}
+// A problem with its part of the workspace. A task has Task(const Params&, Arena&), split(), and
+// run(const Place&).
+template <class Task>
+struct Prepared {
+  static constexpr int64_t kMaxGroups = 256;
+  Barrier* barriers;  // for all threads, then for each group of rows
+  Task task;
+  Split split;
 
-// Runs `Task` on a team. A task has Task(const Params&, Arena&), split(), and run(const Place&).
+  template <class Params>
+  Prepared(const Params& params, Arena& arena)
+      : barriers(arena.take<Barrier>(1 + kMaxGroups)), task(params, arena), split(task.split()) {
+    split.row_groups = int(min64(split.row_groups, kMaxGroups));
+  }
+
+  void start() {
+    __builtin_memset(static_cast<void*>(barriers), 0,
+                     sizeof(Barrier) * size_t(1 + split.row_groups));
+    task.steps.fill();
+  }
+  // What the thread with this number among `threads` does.
+  void run(int thread, int threads) {
+    Place place;
+    place.thread = thread;
+    place.threads = threads;
+    place.split = shrink(split, threads);
+    if (place.idle()) return;
+    place.row_group = thread / place.split.unit_groups;
+    place.unit_group = thread % place.split.unit_groups;
+    place.rows = share(task.steps.batch(), place.row_group, place.split.row_groups);
+    place.all = barriers;
+    place.rows_barrier = barriers + 1 + place.row_group;
+    Tiles tiles;
+    place.tiles = &tiles;
+    task.run(place);
+  }
+};
+
+// Runs one problem or two in one team: side by side, or one after the other. In the latter case
+// threads that are through with the first go on to the second: there is nothing to wait for.
+template <class Task>
+struct Together {
+  Prepared<Task>* problems[2];
+  int count;
+  bool apart;
+
+  int crew(int i) const { return problems[i]->split.threads(); }
+  void run(int thread, int came) const {
+    Crew crews[2] = {{0, came}, {0, came}};
+    if (apart) divide(came, crew(0), crew(1), crews);
+    for (int i = 0; i < count; ++i) {
+      const int member = thread - crews[i].begin;
+      if (member >= 0 && member < crews[i].size) problems[i]->run(member, crews[i].size);
+    }
+  }
+  void start() {
+    int threads = 0;
+    for (int i = 0; i < count; ++i) {
+      problems[i]->start();
+      threads = int(apart ? threads + crew(i) : max64(threads, crew(i)));
+    }
+    parallel(
+        threads,
+        [](void* data, int thread, int came) {
+          static_cast<const Together*>(data)->run(thread, came);
+        },
+        this);
+  }
+};
+
 template <class Task, class Params>
-Result run(const Params& params) {
-  constexpr int64_t kMaxGroups = 256;
+Result run(const Params* problems, int count) {
+  Params own[2] = {problems[0], problems[count - 1]};
+  bool apart = false;
+  if (count == 2) {
+    Arena none(nullptr);
+    const auto demand = [&](int i) { return Prepared<Task>(own[i], none).split.demand; };
+    apart = side_by_side(problems->threads, demand(0), demand(1));
+    for (Params& params : own) params.threads /= apart ? 2 : 1;
+  }
   Arena sizing(nullptr);
-  sizing.take<Barrier>(1 + kMaxGroups);
-  const Task probe(params, sizing);
+  for (int i = 0; i < count; ++i) Prepared<Task>(own[i], sizing);
   void* memory = workspace(size_t(sizing.used()));
   if (!memory) return Result::out_of_memory;
   Arena arena(memory);
-  Barrier* barriers = arena.take<Barrier>(1 + kMaxGroups);
-
-  struct Context {
-    Task task;
-    Split split;
-    Barrier* barriers;
-  } context{Task(params, arena), probe.split(), barriers};
-  context.split.row_groups = int(min64(context.split.row_groups, kMaxGroups));
-  __builtin_memset(static_cast<void*>(barriers), 0,
-                   sizeof(Barrier) * size_t(1 + context.split.row_groups));
-  context.task.steps.fill();
-
-  parallel(
-      context.split.threads(),
-      [](void* data, int thread, int threads) {
-        Context& c = *static_cast<Context*>(data);
-        Place place;
-        place.thread = thread;
-        place.threads = threads;
-        place.split = shrink(c.split, threads);
-        if (place.idle()) return;
-        const int row_group = thread / place.split.unit_groups;
-        place.unit_group = thread % place.split.unit_groups;
-        place.rows = share(c.task.steps.batch(), row_group, place.split.row_groups);
-        place.all = c.barriers;
-        place.rows_barrier = c.barriers + 1 + row_group;
-        Tiles tiles;
-        place.tiles = &tiles;
-        c.task.run(place);
-      },
-      &context);
+  Prepared<Task> first(own[0], arena);
+  if (count == 1) {
+    Together<Task>{{&first, nullptr}, 1, false}.start();
+  } else {
+    Prepared<Task> second(own[1], arena);
+    Together<Task>{{&first, &second}, 2, apart}.start();
+  }
   return Result::ok;
 }
 
@@ -377,75 +463,178 @@ void copy_operand(const void* tensor, int64_t width, Range rows, Operand<S>* out
   }
 }
 
-// Rows of all steps together.
-int64_t total_rows(const Sequence& seq) {
-  if (!seq.batch_sizes) return seq.steps * seq.batch;
-  int64_t total = 0;
-  for (int64_t t = 0; t < seq.steps; ++t) total += seq.batch_sizes[t];
-  return total;
-}
+// --- the input
+// ------------------------------------------------------------------------------------ x W_ih^T +
+// b, from which the product with h starts, is never stored whole. A thread computes what it will
+// itself read: of few rows a step, for some steps ahead, so that W_ih is read once for all of them;
+// of many, together with each piece of the product with h.
 
-// The input part of the gates [N, G*H] without its bias, which the recurrent product starts from:
-// given, or computed here for a few rows.
+// Rows that are worth reading W_ih for.
 template <class S>
-class InputGates {
-  using T = Arithmetic<S>;
+constexpr int64_t kInputRows = kPairs<S> ? 128 : 64;
+
+// The iterations of forward whose input a thread handles together, and their rows of x.
+template <class S>
+struct Chunk {
+  static constexpr int64_t kMaxSteps = 64;
+  int64_t begin = 0, end = 0;         // iterations
+  int64_t rows = 0;                   // of this thread, in all of them
+  int64_t first_row[kMaxSteps] = {};  // where those of an iteration begin
+  const Operand<S>* x = nullptr;      // [rows]
+  int64_t ld = 0;                     // distance of two rows of x
+
+  int64_t row_of(int64_t iteration) const { return first_row[iteration - begin]; }
+};
+
+// x, cut into chunks.
+template <class S>
+class Input {
   using X = Operand<S>;
 
  public:
-  InputGates(const void* given, const Projection& p, int64_t width, const Sequence& seq,
-             Arena& arena)
-      : gates_(static_cast<const S*>(given)), weights_(plain_rows<S>(p.w_ih, width, p.input)) {
-    if (gates_) return;
-    x_ = static_cast<const S*>(p.x);
-    rows_ = total_rows(seq);
-    ld_ = p.input;
-    weights_.reserve(arena, false, nullptr);
-    if (sizeof(S) != sizeof(X)) {
-      ld_ = operand_ld<S>(p.input);
-      copy_ = arena.take<X>(rows_ * ld_);
-    }
-    gates_ = computed_ = arena.take<S>(rows_ * width);
+  Input(const Projection& p, const Steps& steps, Split split, Arena& arena)
+      : x_(static_cast<const S*>(p.x)),
+        width_(p.input),
+        ld_(operand_ld<S>(p.input)),
+        converts_(sizeof(S) != sizeof(X) || (kPairs<S> && ld_ != width_)) {
+    if (!converts_ && split.row_groups == 1) return;
+    // Where units are split, too, a smaller team than planned splits only those.
+    const int64_t parts = split.unit_groups == 1 ? split.row_groups : 1;
+    const int64_t rows = max64(kInputRows<S>, ceil_div(steps.batch(), parts)) + 1;
+    copy_ = arena.take<X>(split.threads() * rows * ld_);
   }
 
-  int64_t work() const { return rows_ * weights_.units * weights_.depth; }
+  int64_t width() const { return width_; }
 
-  // Each thread computes a share of the units; the caller lets all meet before they are read.
-  void compute(const Place& place) {
-    if (!computed_) return;
-    const X* x;
-    if constexpr (sizeof(S) == sizeof(X)) {
-      x = x_;
-    } else {
-      if (place.thread == 0) copy_operand<S>(x_, weights_.depth, {0, rows_}, copy_, ld_);
-      place.meet_all();
-      x = copy_;
-    }
-    const Range blocks = place.everything(weights_.blocks());
-    alignas(64) T sums[kMaxVectors * kLanes<T>];
-    for (int64_t b = blocks.begin; b < blocks.end; ++b) {
-      for (int64_t row = 0; row < rows_; ++row) {
-        weights_.multiply(*place.tiles, b, 1, x + row * ld_, ld_, sums);
-        for (int v = 0; v < weights_.vectors && weights_.lanes(b, v) > 0; ++v)
-          store(computed_ + row * weights_.units + weights_.unit(b, v), load(sums + v * kLanes<T>),
-                weights_.lanes(b, v));
-      }
-    }
+  static bool goes_ahead(const Steps& steps, Split split) {
+    return 2 * ceil_div(steps.batch(), split.row_groups) <= kInputRows<S>;
   }
 
-  const S* at(int64_t index) const { return gates_ + index * weights_.units; }
-  template <int gates>
-  RNNLM_INLINE void prefetch(int64_t index, int64_t unit, int64_t hidden) const {
-    RNNLM_ISA::prefetch<gates>(at(index) + unit, hidden * int64_t(sizeof(S)));
+  // The chunk that begins with this iteration.
+  void next(const Steps& steps, const Place& place, int64_t iteration, Chunk<S>& chunk) const {
+    const auto rows_at = [&](int64_t t) {
+      const Range rows = clip(place.rows, 0, steps.rows(t));
+      return rows.end - rows.begin;
+    };
+    const bool ahead = goes_ahead(steps, place.split);
+    chunk.begin = iteration;
+    chunk.end = iteration + 1;
+    chunk.rows = rows_at(steps.forward_step(iteration));
+    for (; ahead && chunk.end < steps.count(); ++chunk.end) {
+      const int64_t more = rows_at(steps.forward_step(chunk.end));
+      if (chunk.end - chunk.begin == Chunk<S>::kMaxSteps || chunk.rows + more > kInputRows<S>)
+        break;
+      chunk.rows += more;
+    }
+    const int64_t count = chunk.end - chunk.begin;
+    const int64_t first = steps.forward_step(steps.reverse() ? chunk.end - 1 : chunk.begin);
+    const bool as_it_is = !converts_ && place.split.row_groups == 1;
+    const int64_t capacity = max64(kInputRows<S>, ceil_div(steps.batch(), place.split.row_groups));
+    X* copy = as_it_is ? nullptr : copy_ + place.thread * capacity * ld_;
+    int64_t row = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t t = first + i, rows = rows_at(t);
+      chunk.first_row[steps.reverse() ? count - 1 - i : i] = row;
+      if (copy)
+        copy_operand<S>(x_ + (steps.start(t) + place.rows.begin) * width_, width_, {0, rows},
+                        copy + row * ld_, ld_);
+      row += rows;
+    }
+    chunk.x = copy ? copy : reinterpret_cast<const X*>(x_ + steps.start(first) * width_);
+    chunk.ld = copy ? ld_ : width_;
   }
 
  private:
-  const S* gates_;
+  const S* x_;
+  int64_t width_, ld_;
+  bool converts_;      // a product cannot read x itself
+  X* copy_ = nullptr;  // [threads][rows][ld]
+};
+
+// The input part of the outputs of one recurrent matrix, block by block.
+template <class S>
+class InputGates {
+  using T = Arithmetic<S>;
+  static constexpr int L = kLanes<T>;
+
+ public:
+  // `weights`: the rows of W_ih, in blocks like those of the recurrent matrix. With `apart`, a GRU
+  // whose reset gate comes after: the input part of n is not what W_hn h starts from; that is
+  // `apart` [H], and the former follows as a fourth vector.
+  InputGates(const Weights<S>& weights, Packing packing, int threads, const Steps& steps,
+             Split split, Arena& arena, const void* bias, const void* second,
+             int vectors_of_second = kMaxVectors, bool apart = false,
+             const void* bias_apart = nullptr)
+      : weights_(weights), more_(apart ? 1 : 0) {
+    weights_.reserve(arena, packing, threads, bias, second, vectors_of_second);
+    if (apart) {
+      bias_apart_ = static_cast<const S*>(bias_apart);
+      apart_ = arena.take<T>(weights_.blocks() * L);
+    }
+    if (Input<S>::goes_ahead(steps, split))
+      ahead_ = arena.take<T>(split.row_groups * weights_.blocks() * block_size());
+  }
+
+  void pack(const Place& place) {
+    weights_.pack(place);
+    if (apart_ && place.thread == 0) copy_rows<S>(bias_apart_, weights_.units, {0, 1}, apart_, 0);
+  }
+
+  // For all steps of a chunk, where it is worth going ahead.
+  void compute(const Steps& steps, const Place& place, const Chunk<S>& chunk) const {
+    if (!Input<S>::goes_ahead(steps, place.split)) return;
+    const Range blocks = place.blocks(weights_.blocks());
+    const int64_t at_once = rows_at_once<S>(chunk.rows);
+    for (int64_t block = blocks.begin; block < blocks.end; ++block)
+      for (int64_t row = 0; row < chunk.rows; row += at_once)
+        multiply(place, block, row == 0, int(min64(at_once, chunk.rows - row)),
+                 chunk.x + row * chunk.ld, chunk.ld, ahead(place, block) + row * row_size(block));
+  }
+
+  // What `rows` rows of an iteration start from; `space` is for as many, [kRowsAtOnce][4][L].
+  RNNLM_INLINE Start<T> start(const Steps& steps, const Place& place, const Chunk<S>& chunk,
+                              int64_t iteration, int64_t block, int64_t row, int rows,
+                              T* space) const {
+    const int64_t index = chunk.row_of(iteration) + row - place.rows.begin;
+    if (Input<S>::goes_ahead(steps, place.split))
+      return {ahead(place, block) + index * row_size(block), row_size(block)};
+    multiply(place, block, row == place.rows.begin, rows, chunk.x + index * chunk.ld, chunk.ld,
+             space);
+    return {space, row_size(block)};
+  }
+
+ private:
+  int64_t row_size(int64_t block) const { return (weights_.vectors_of(block) + more_) * L; }
+  int64_t block_size() const { return kInputRows<S> * (weights_.vectors + more_) * L; }
+  T* ahead(const Place& place, int64_t block) const {
+    return ahead_ + (place.row_group * weights_.blocks() + block) * block_size();
+  }
+
+  // `first`: of the rows that a block is multiplied with in turn.
+  void multiply(const Place& place, int64_t block, bool first, int rows, const Operand<S>* x,
+                int64_t ld, T* out) const {
+    alignas(64) T sums[kRowsAtOnce * 3 * L];
+    const Range blocks = place.blocks(weights_.blocks());
+    const Operand<S>* panel = weights_.panel(place, block, first);
+    const Operand<S>* next = weights_.panel(place, block + 1 < blocks.end ? block + 1 : block);
+    weights_.multiply(*place.tiles, block, panel, next, rows, x, ld, weights_.start(block),
+                      apart_ ? sums : out);
+    if (!apart_) return;
+    for (int i = 0; i < rows; ++i) {
+      const T* sum = sums + i * 3 * L;
+      T* row = out + i * 4 * L;
+      store(row, load(sum));
+      store(row + L, load(sum + L));
+      store(row + 2 * L, load(apart_ + block * L));
+      store(row + 3 * L, load(sum + 2 * L));
+    }
+  }
+
   Weights<S> weights_;
-  const S* x_ = nullptr;
-  X* copy_ = nullptr;  // x as the product wants it
-  S* computed_ = nullptr;
-  int64_t rows_ = 0, ld_ = 0;
+  int more_;  // vectors of a row of what it computes, besides those of weights_
+  const S* bias_apart_ = nullptr;
+  T* apart_ = nullptr;  // [blocks][L]
+  T* ahead_ = nullptr;  // [row groups][blocks][kInputRows][vectors][L]
 };
 
 // --- LSTM ----------------------------------------------------------------------------------------
@@ -479,25 +668,28 @@ class LstmForwardTask {
         width_(p.proj ? p.proj : p.hidden),
         h_ld_(operand_ld<S>(width_)),
         c_ld_(operand_ld<S>(p.hidden)),
-        input_(p.gates_x, p.projection, 4 * p.hidden, p.seq, arena),
+        input_(p.projection, steps, split(), arena),
+        input_gates_(gate_rows<S>(p.projection.w_ih, p.hidden, p.projection.input, 4),
+                     packing(p.seq), p.threads, steps, split(), arena, p.projection.b_ih, p.b_hh),
         gates_(gate_rows<S>(p.w_hh, p.hidden, width_, 4)),
         project_(plain_rows<S>(p.w_hr, p.proj, p.hidden)) {
-    const bool pack = worth_packing(p.seq);
-    gates_.reserve(arena, pack, p.b_hh, p.projection.b_ih);
-    if (p.proj) project_.reserve(arena, pack, nullptr);
+    const Packing how = packing(p.seq);
+    gates_.reserve(arena, how, p.threads);
+    if (p.proj) project_.reserve(arena, how, p.threads);
     for (X*& h : h_) h = arena.take<X>(p.seq.batch * h_ld_);
     c_ = arena.take<T>(p.seq.batch * c_ld_);
     if (p.proj) unprojected_ = arena.take<X>(p.seq.batch * c_ld_);
   }
 
   Split split() const {
-    const int64_t weights = 4 * p_.hidden * width_ + p_.proj * p_.hidden;
-    return choose_split(p_.threads, p_.seq.steps, p_.seq.batch, weights,
-                        weights * int64_t(sizeof(X)), input_.work());
+    const int64_t input = 4 * p_.hidden * p_.projection.input;
+    const int64_t recurrent = 4 * p_.hidden * width_ + p_.proj * p_.hidden;
+    return choose_split(p_.threads, p_.seq.steps, p_.seq.batch, input + recurrent,
+                        recurrent * int64_t(sizeof(X)));
   }
 
   void run(const Place& place) {
-    input_.compute(place);
+    input_gates_.pack(place);
     gates_.pack(place);
     if (p_.proj) project_.pack(place);
     const Range mine = place.everything(steps.batch());
@@ -505,7 +697,13 @@ class LstmForwardTask {
     if (p_.proj) clear_operand<S>(mine, unprojected_, c_ld_);
     copy_rows<S>(p_.c0, p_.hidden, mine, c_, c_ld_);
     place.meet_all();
+    Chunk<S> chunk;
+    alignas(64) T input_part[kRowsAtOnce * 4 * L];
     for (int64_t s = 0; s < steps.count(); ++s) {
+      if (s == chunk.end) {
+        input_.next(steps, place, s, chunk);
+        input_gates_.compute(steps, place, chunk);
+      }
       const int64_t t = steps.forward_step(s), ahead = steps.ahead_in_forward(s);
       const Range rows = clip(place.rows, 0, steps.rows(t));
       const int64_t ending = steps.first_ending_row(s);
@@ -513,10 +711,11 @@ class LstmForwardTask {
       X* h_out = h_[(s + 1) & 1];
       for_each_gates(
           gates_, place, rows, s & 1, h_in, h_ld_,
-          [&](int64_t row, int64_t unit, int64_t lanes, T* sums) {
-            const int64_t index = steps.start(t) + row;
-            input_.template prefetch<4>(index + ahead, unit, p_.hidden);
-            update_c(index, row, unit, lanes, sums);
+          [&](int64_t block, int64_t row, int count) {
+            return input_gates_.start(steps, place, chunk, s, block, row, count, input_part);
+          },
+          [&](int64_t row, int64_t unit, int64_t lanes, T* sums, const T*) {
+            update_c(steps.start(t) + row, ahead, row, unit, lanes, sums);
           },
           [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
             update_h(steps.start(t) + row, row, unit, lanes, load(sums), row >= ending, h_out);
@@ -534,12 +733,10 @@ class LstmForwardTask {
 
  private:
   // From the sums of the product to the new c; leaves the output gate in their place.
-  RNNLM_INLINE void update_c(int64_t index, int64_t row, int64_t unit, int64_t lanes, T* sums) {
+  RNNLM_INLINE void update_c(int64_t index, int64_t ahead, int64_t row, int64_t unit, int64_t lanes,
+                             T* sums) {
     const int64_t H = p_.hidden;
-    const S* x = input_.at(index) + unit;
-    const LstmGates<V> pre = {load(sums) + load(x, lanes), load(sums + L) + load(x + H, lanes),
-                              load(sums + 2 * L) + load(x + 2 * H, lanes),
-                              load(sums + 3 * L) + load(x + 3 * H, lanes)};
+    const LstmGates<V> pre = {load(sums), load(sums + L), load(sums + 2 * L), load(sums + 3 * L)};
     const LstmGates<V> y = lstm_activate<M>(pre);
     T* c = c_ + row * c_ld_ + unit;
     store(c, lstm_cell<M>(y, load(c)));
@@ -547,6 +744,7 @@ class LstmForwardTask {
     if (!p_.saved) return;
     const LstmGates<V>& kept = kSavesPreactivations<S> ? pre : y;
     S* saved = static_cast<S*>(p_.saved) + index * 4 * H + unit;
+    prefetch<4, true>(saved + ahead * 4 * H, H * int64_t(sizeof(S)));
     store_flushing(saved, kept.i, lanes);
     store_flushing(saved + H, kept.f, lanes);
     store_flushing(saved + 2 * H, kept.g, lanes);
@@ -575,7 +773,8 @@ class LstmForwardTask {
 
   LstmForward p_;
   int64_t width_, h_ld_, c_ld_;
-  InputGates<S> input_;
+  Input<S> input_;
+  InputGates<S> input_gates_;
   Weights<S> gates_, project_;
   X* h_[2];
   T* c_;
@@ -603,9 +802,9 @@ class LstmBackwardTask {
         r_ld_(operand_ld<S>(width_)),
         recurrent_(columns<S>(p.w_hh, width_, 4 * p.hidden)),
         unproject_(columns<S>(p.w_hr, p.hidden, p.proj)) {
-    const bool pack = worth_packing(p.seq);
-    recurrent_.reserve(arena, pack, nullptr);
-    if (p.proj) unproject_.reserve(arena, pack, nullptr);
+    const Packing how = packing(p.seq);
+    recurrent_.reserve(arena, how, p.threads);
+    if (p.proj) unproject_.reserve(arena, how, p.threads);
     for (X*& d : dgates_) d = arena.take<X>(p.seq.batch * gate_ld_);
     dc_ = arena.take<T>(p.seq.batch * c_ld_);
     if (p.proj) dr_ = arena.take<X>(p.seq.batch * r_ld_);
@@ -749,20 +948,20 @@ class GruForwardTask {
       : steps(p.seq, arena),
         p_(p),
         ld_(operand_ld<S>(p.hidden)),
-        input_(p.gates_x, p.projection, 3 * p.hidden, p.seq, arena),
-        gates_(gate_rows<S>(p.w_hh, p.hidden, p.hidden, p.reset_before ? 2 : 3)),
-        candidate_(plain_rows<S>(static_cast<const S*>(p.w_hh) + 2 * p.hidden * p.hidden, p.hidden,
-                                 p.hidden)) {
-    const bool pack = worth_packing(p.seq);
-    gates_.reserve(arena, pack, p.b_hh, p.projection.b_ih, 2);
-    const auto of_n = [&](const void* bias) {
-      return bias ? static_cast<const S*>(bias) + 2 * p.hidden : nullptr;
-    };
-    if (!p.reset_before) {
-      // r multiplies W_hn h + b_hn alone.
-      if (p.projection.b_ih) bias_n_ = arena.take<T>(ld_);
-    } else {
-      candidate_.reserve(arena, pack, of_n(p.b_hh), of_n(p.projection.b_ih));
+        input_(p.projection, steps, split(), arena),
+        input_gates_(
+            gate_rows<S>(p.projection.w_ih, p.hidden, p.projection.input, p.reset_before ? 2 : 3),
+            packing(p.seq), p.threads, steps, split(), arena, p.projection.b_ih, p.b_hh, 2,
+            !p.reset_before, of_n(p.b_hh, 1)),
+        gates_(gate_rows<S>(p.w_hh, p.hidden, p.hidden, p.reset_before ? 2 : 3)) {
+    const Packing how = packing(p.seq);
+    gates_.reserve(arena, how, p.threads);
+    if (p.reset_before) {
+      candidate_ = plain_rows<S>(of_n(p.w_hh, p.hidden), p.hidden, p.hidden);
+      candidate_.reserve(arena, how, p.threads);
+      input_candidate_.emplace(
+          plain_rows<S>(of_n(p.projection.w_ih, p.projection.input), p.hidden, p.projection.input),
+          how, p.threads, steps, split(), arena, of_n(p.projection.b_ih, 1), of_n(p.b_hh, 1));
       rh_ = arena.take<X>(p.seq.batch * ld_);
       z_ = arena.take<T>(p.seq.batch * ld_);
     }
@@ -771,25 +970,33 @@ class GruForwardTask {
   }
 
   Split split() const {
-    const int64_t weights = 3 * p_.hidden * p_.hidden;
-    return choose_split(p_.threads, p_.seq.steps, p_.seq.batch, weights,
-                        weights * int64_t(sizeof(X)), input_.work());
+    const int64_t input = 3 * p_.hidden * p_.projection.input;
+    const int64_t recurrent = 3 * p_.hidden * p_.hidden;
+    return choose_split(p_.threads, p_.seq.steps, p_.seq.batch, input + recurrent,
+                        recurrent * int64_t(sizeof(X)));
   }
 
   void run(const Place& place) {
-    input_.compute(place);
+    input_gates_.pack(place);
     gates_.pack(place);
-    if (p_.reset_before) candidate_.pack(place);
+    if (p_.reset_before) {
+      input_candidate_->pack(place);
+      candidate_.pack(place);
+    }
     const Range mine = place.everything(steps.batch());
     for (T* h : h_) copy_rows<S>(p_.h0, p_.hidden, mine, h, ld_);
     if (kPairs<S>)
       for (X* x : x_) copy_operand<S>(p_.h0, p_.hidden, mine, x, ld_);
     if (p_.reset_before) clear_operand<S>(mine, rh_, ld_);
-    if (bias_n_ && place.thread == 0)
-      copy_rows<S>(static_cast<const S*>(p_.projection.b_ih) + 2 * p_.hidden, p_.hidden, {0, 1},
-                   bias_n_, ld_);
     place.meet_all();
+    Chunk<S> chunk;
+    alignas(64) T input_part[kRowsAtOnce * 4 * L];
     for (int64_t s = 0; s < steps.count(); ++s) {
+      if (s == chunk.end) {
+        input_.next(steps, place, s, chunk);
+        input_gates_.compute(steps, place, chunk);
+        if (p_.reset_before) input_candidate_->compute(steps, place, chunk);
+      }
       const int64_t t = steps.forward_step(s), start = steps.start(t);
       const int64_t ahead = steps.ahead_in_forward(s);
       const Range rows = clip(place.rows, 0, steps.rows(t));
@@ -798,24 +1005,27 @@ class GruForwardTask {
       const X* x_in = x_[s & 1];
       T* h_out = h_[(s + 1) & 1];
       X* x_out = x_[(s + 1) & 1];
+      const auto input_of = [&](const InputGates<S>& part) {
+        return [&](int64_t block, int64_t row, int count) {
+          return part.start(steps, place, chunk, s, block, row, count, input_part);
+        };
+      };
       if (!p_.reset_before) {
-        for_each_gates(gates_, place, rows, s & 1, x_in, ld_,
-                       [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
-                         input_.template prefetch<3>(start + row + ahead, unit, p_.hidden);
-                         reset_after(start + row, row, unit, lanes, sums, h_in, h_out, x_out,
-                                     row >= ending);
+        for_each_gates(gates_, place, rows, s & 1, x_in, ld_, input_of(input_gates_),
+                       [&](int64_t row, int64_t unit, int64_t lanes, const T* sums, const T* from) {
+                         reset_after(start + row, ahead, row, unit, lanes, sums, load(from + 3 * L),
+                                     h_in, h_out, x_out, row >= ending);
                        });
       } else {
-        for_each_gates(gates_, place, rows, s & 1, x_in, ld_,
-                       [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
-                         input_.template prefetch<3>(start + row + ahead, unit, p_.hidden);
-                         reset_before(start + row, row, unit, lanes, sums, h_in);
+        for_each_gates(gates_, place, rows, s & 1, x_in, ld_, input_of(input_gates_),
+                       [&](int64_t row, int64_t unit, int64_t lanes, const T* sums, const T*) {
+                         reset_before(start + row, ahead, row, unit, lanes, sums, h_in);
                        });
         place.meet_rows();
-        for_each_output(candidate_, place, rows, s & 1, rh_, ld_,
+        for_each_output(candidate_, place, rows, s & 1, rh_, ld_, input_of(*input_candidate_),
                         [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
-                          finish_reset_before(start + row, row, unit, lanes, sums, h_in, h_out,
-                                              x_out, row >= ending);
+                          finish_reset_before(start + row, row, unit, lanes, load(sums), h_in,
+                                              h_out, x_out, row >= ending);
                         });
       }
       place.meet_rows();
@@ -823,24 +1033,26 @@ class GruForwardTask {
   }
 
  private:
+  // n's rows of a [3H, width] matrix, or null.
+  const S* of_n(const void* weights, int64_t width) const {
+    return weights ? static_cast<const S*>(weights) + 2 * p_.hidden * width : nullptr;
+  }
+
   S* saved(int64_t index, int64_t unit) const {
     return static_cast<S*>(p_.saved) + index * (p_.reset_before ? 3 : 4) * p_.hidden + unit;
   }
 
-  RNNLM_INLINE void reset_after(int64_t index, int64_t row, int64_t unit, int64_t lanes,
-                                const T* sums, const T* h_in, T* h_out, X* x_out, bool ending) {
+  RNNLM_INLINE void reset_after(int64_t index, int64_t ahead, int64_t row, int64_t unit,
+                                int64_t lanes, const T* sums, V x_n, const T* h_in, T* h_out,
+                                X* x_out, bool ending) {
     const int64_t H = p_.hidden;
-    const S* in = input_.at(index) + unit;
-    const V a_r = load(sums) + load(in, lanes);
-    const V a_z = load(sums + L) + load(in + H, lanes);
-    const V hn = load(sums + 2 * L);
+    const V a_r = load(sums), a_z = load(sums + L), hn = load(sums + 2 * L);
     const V r = M::sigmoid(a_r), z = M::sigmoid(a_z);
-    V x_n = load(in + 2 * H, lanes);
-    if (bias_n_) x_n = x_n + load(bias_n_ + unit);
     const V a_n = M::fma(r, hn, x_n);
     const V n = M::tanh(a_n);
     if (p_.saved) {
       S* out = saved(index, unit);
+      prefetch<4, true>(out + ahead * 4 * H, H * int64_t(sizeof(S)));
       store_flushing(out, kSavesPreactivations<S> ? a_r : r, lanes);
       store_flushing(out + H, kSavesPreactivations<S> ? a_z : z, lanes);
       store_flushing(out + 2 * H, kSavesPreactivations<S> ? a_n : n, lanes);
@@ -849,26 +1061,23 @@ class GruForwardTask {
     emit_h(index, row, unit, lanes, z, n, h_in, h_out, x_out, ending);
   }
 
-  RNNLM_INLINE void reset_before(int64_t index, int64_t row, int64_t unit, int64_t lanes,
-                                 const T* sums, const T* h_in) {
+  RNNLM_INLINE void reset_before(int64_t index, int64_t ahead, int64_t row, int64_t unit,
+                                 int64_t lanes, const T* sums, const T* h_in) {
     const int64_t H = p_.hidden, at = row * ld_ + unit;
-    const S* in = input_.at(index) + unit;
-    const V a_r = load(sums) + load(in, lanes);
-    const V a_z = load(sums + L) + load(in + H, lanes);
+    const V a_r = load(sums), a_z = load(sums + L);
     const V r = M::sigmoid(a_r), z = M::sigmoid(a_z);
     store_flushing(rh_ + at, r * load(h_in + at), L);
     store(z_ + at, z);
     if (p_.saved) {
       S* out = saved(index, unit);
+      prefetch<3, true>(out + ahead * 3 * H, H * int64_t(sizeof(S)));
       store_flushing(out, kSavesPreactivations<S> ? a_r : r, lanes);
       store_flushing(out + H, kSavesPreactivations<S> ? a_z : z, lanes);
     }
   }
 
   RNNLM_INLINE void finish_reset_before(int64_t index, int64_t row, int64_t unit, int64_t lanes,
-                                        const T* sums, const T* h_in, T* h_out, X* x_out,
-                                        bool ending) {
-    const V a_n = load(sums) + load(input_.at(index) + 2 * p_.hidden + unit, lanes);
+                                        V a_n, const T* h_in, T* h_out, X* x_out, bool ending) {
     const V n = M::tanh(a_n);
     if (p_.saved)
       store_flushing(saved(index, unit) + 2 * p_.hidden, kSavesPreactivations<S> ? a_n : n, lanes);
@@ -894,14 +1103,15 @@ class GruForwardTask {
 
   GruForward p_;
   int64_t ld_;
-  InputGates<S> input_;
-  Weights<S> gates_;      // r, z and, for reset-after, n
-  Weights<S> candidate_;  // n, for reset-before
+  Input<S> input_;
+  InputGates<S> input_gates_;                     // of gates_
+  std::optional<InputGates<S>> input_candidate_;  // of candidate_
+  Weights<S> gates_;                              // r, z and, for reset-after, n
+  Weights<S> candidate_;                          // n, for reset-before
   T* h_[2];
   X* x_[2];
   X* rh_ = nullptr;  // [B, H]: r * h of this step
   T* z_ = nullptr;
-  T* bias_n_ = nullptr;  // [H]: n's b_ih, for reset-after
 };
 
 template <class S>
@@ -925,10 +1135,10 @@ class GruBackwardTask {
         recurrent_(columns<S>(p.w_hh, p.hidden, depth_)),
         candidate_(columns<S>(static_cast<const S*>(p.w_hh) + 2 * p.hidden * p.hidden, p.hidden,
                               p.hidden)) {
-    const bool pack = worth_packing(p.seq);
-    recurrent_.reserve(arena, pack, nullptr);
+    const Packing how = packing(p.seq);
+    recurrent_.reserve(arena, how, p.threads);
     if (p.reset_before) {
-      candidate_.reserve(arena, pack, nullptr);
+      candidate_.reserve(arena, how, p.threads);
       da_n_ = arena.take<X>(p.seq.batch * ld_);
     }
     for (X*& d : dgates_) d = arena.take<X>(p.seq.batch * gate_ld_);
@@ -1075,9 +1285,9 @@ class GruBackwardTask {
 #if defined(__AVX512BF16__)
 // Only bfloat16 is any different from AVX-512's.
 template <template <class> class Task, class Params>
-Result dispatch(Result (*Kernels::*other)(const Params&), const Params& p) {
-  if (p.dtype == DType::bf16) return run<Task<bf16>>(p);
-  return (avx512::kernels().*other)(p);
+Result dispatch(Recurrence<Params> Kernels::* other, const Params* problems, int count) {
+  if (problems->dtype == DType::bf16) return run<Task<bf16>>(problems, count);
+  return (avx512::kernels().*other)(problems, count);
 }
 
 }  // namespace
@@ -1087,35 +1297,35 @@ Result dispatch(Result (*Kernels::*other)(const Params&), const Params& p) {
 Kernels kernels() {
   Kernels k = avx512::kernels();
   k.isa = RNNLM_NAME(RNNLM_ISA);
-  k.lstm_forward = [](const LstmForward& p) {
-    return dispatch<LstmForwardTask>(&Kernels::lstm_forward, p);
+  k.lstm_forward = [](const LstmForward* problems, int count) {
+    return dispatch<LstmForwardTask>(&Kernels::lstm_forward, problems, count);
   };
-  k.lstm_backward = [](const LstmBackward& p) {
-    return dispatch<LstmBackwardTask>(&Kernels::lstm_backward, p);
+  k.lstm_backward = [](const LstmBackward* problems, int count) {
+    return dispatch<LstmBackwardTask>(&Kernels::lstm_backward, problems, count);
   };
-  k.gru_forward = [](const GruForward& p) {
-    return dispatch<GruForwardTask>(&Kernels::gru_forward, p);
+  k.gru_forward = [](const GruForward* problems, int count) {
+    return dispatch<GruForwardTask>(&Kernels::gru_forward, problems, count);
   };
-  k.gru_backward = [](const GruBackward& p) {
-    return dispatch<GruBackwardTask>(&Kernels::gru_backward, p);
+  k.gru_backward = [](const GruBackward* problems, int count) {
+    return dispatch<GruBackwardTask>(&Kernels::gru_backward, problems, count);
   };
   return k;
 }
 
 #else
 template <template <class> class Task, class Params>
-Result dispatch(const Params& p) {
-  switch (p.dtype) {
+Result dispatch(const Params* problems, int count) {
+  switch (problems->dtype) {
     case DType::f64:
-      return run<Task<double>>(p);
+      return run<Task<double>>(problems, count);
     case DType::bf16:
-      return run<Task<bf16>>(p);
+      return run<Task<bf16>>(problems, count);
     case DType::f16:
-      return run<Task<f16>>(p);
+      return run<Task<f16>>(problems, count);
     case DType::f32:
       break;
   }
-  return run<Task<float>>(p);
+  return run<Task<float>>(problems, count);
 }
 
 template <class T>
@@ -1137,10 +1347,10 @@ Kernels kernels() {
 #define RNNLM_STRING(x) #x
 #define RNNLM_NAME(x) RNNLM_STRING(x)
   return {RNNLM_NAME(RNNLM_ISA),
-          [](const LstmForward& p) { return dispatch<LstmForwardTask>(p); },
-          [](const LstmBackward& p) { return dispatch<LstmBackwardTask>(p); },
-          [](const GruForward& p) { return dispatch<GruForwardTask>(p); },
-          [](const GruBackward& p) { return dispatch<GruBackwardTask>(p); },
+          dispatch<LstmForwardTask, LstmForward>,
+          dispatch<LstmBackwardTask, LstmBackward>,
+          dispatch<GruForwardTask, GruForward>,
+          dispatch<GruBackwardTask, GruBackward>,
           cross_entropy,
           [](int function, DType dtype, int64_t n, const void* x, void* y) {
             if (dtype == DType::f64)

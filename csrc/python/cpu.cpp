@@ -1,6 +1,11 @@
 #include "python/cpu.h"
 
+#include <pybind11/stl.h>
+
+#include <array>
 #include <string>
+#include <tuple>
+#include <utility>
 
 #include "core/params.h"
 #include "core/status.h"
@@ -29,78 +34,110 @@ Projection projection(int64_t input, Address x, Address w_ih, Address b_ih) {
 }
 
 // Runs without the GIL; the operators have checked every size, dtype and pointer.
-template <class Params>
-void call(cpu::Result (*cpu::Kernels::*kernel)(const Params&), const Params& params) {
+template <class Kernel, class... Args>
+void call(Kernel cpu::Kernels::* kernel, const Args&... args) {
   const cpu::Choice& choice = cpu::choose();
   if (choice.error) raise_unless_ok(Status::invalid_argument(choice.error));
   cpu::Result result;
   {
     py::gil_scoped_release release;
-    result = (choice.kernels.*kernel)(params);
+    result = (choice.kernels.*kernel)(args...);
   }
   if (result == cpu::Result::out_of_memory)
     raise_unless_ok(Status::out_of_memory("no memory for the workspace of the CPU kernel",
                                           "Use a smaller batch or hidden size"));
 }
 
-void lstm_forward(int dtype, int threads, int64_t steps, int64_t batch, Address batch_sizes,
-                  bool reverse, int64_t hidden, int64_t proj, int64_t input, Address x,
-                  Address w_ih, Address b_ih, Address gates_x, Address w_hh, Address b_hh,
-                  Address w_hr, Address h0, Address c0, Address output, Address h_n, Address c_n,
-                  Address cells, Address saved) {
-  call(&cpu::Kernels::lstm_forward,
-       LstmForward{DType(dtype), threads, sequence(steps, batch, batch_sizes, reverse), hidden,
-                   proj, projection(input, x, w_ih, b_ih), pointer(gates_x), pointer(w_hh),
-                   pointer(b_hh), pointer(w_hr), pointer(h0), pointer(c0), pointer(output),
-                   pointer(h_n), pointer(c_n), pointer(cells), pointer(saved)});
+LstmForward lstm_forward(int dtype, int threads, int64_t steps, int64_t batch, Address batch_sizes,
+                         bool reverse, int64_t hidden, int64_t proj, int64_t input, Address x,
+                         Address w_ih, Address b_ih, Address w_hh, Address b_hh, Address w_hr,
+                         Address h0, Address c0, Address output, Address h_n, Address c_n,
+                         Address cells, Address saved) {
+  return {DType(dtype),
+          threads,
+          sequence(steps, batch, batch_sizes, reverse),
+          hidden,
+          proj,
+          projection(input, x, w_ih, b_ih),
+          /*gates_x=*/nullptr,
+          pointer(w_hh),
+          pointer(b_hh),
+          pointer(w_hr),
+          pointer(h0),
+          pointer(c0),
+          pointer(output),
+          pointer(h_n),
+          pointer(c_n),
+          pointer(cells),
+          pointer(saved)};
 }
 
-void lstm_backward(int dtype, int threads, int64_t steps, int64_t batch, Address batch_sizes,
-                   bool reverse, int64_t hidden, int64_t proj, Address grad_output,
-                   Address grad_h_n, Address grad_c_n, Address grad_cells, Address w_hh,
-                   Address w_hr, Address c0, Address cells, Address saved, Address dgates,
-                   Address dh0, Address dc0, Address dproj, Address unprojected) {
-  call(&cpu::Kernels::lstm_backward, LstmBackward{DType(dtype),
-                                                  threads,
-                                                  sequence(steps, batch, batch_sizes, reverse),
-                                                  hidden,
-                                                  proj,
-                                                  pointer(grad_output),
-                                                  pointer(grad_h_n),
-                                                  pointer(grad_c_n),
-                                                  pointer(grad_cells),
-                                                  pointer(w_hh),
-                                                  pointer(w_hr),
-                                                  pointer(c0),
-                                                  pointer(cells),
-                                                  pointer(saved),
-                                                  pointer(dgates),
-                                                  /*db=*/nullptr,
-                                                  pointer(dh0),
-                                                  pointer(dc0),
-                                                  pointer(dproj),
-                                                  pointer(unprojected)});
+LstmBackward lstm_backward(int dtype, int threads, int64_t steps, int64_t batch,
+                           Address batch_sizes, bool reverse, int64_t hidden, int64_t proj,
+                           Address grad_output, Address grad_h_n, Address grad_c_n,
+                           Address grad_cells, Address w_hh, Address w_hr, Address c0,
+                           Address cells, Address saved, Address dgates, Address dh0, Address dc0,
+                           Address dproj, Address unprojected) {
+  return {DType(dtype),
+          threads,
+          sequence(steps, batch, batch_sizes, reverse),
+          hidden,
+          proj,
+          pointer(grad_output),
+          pointer(grad_h_n),
+          pointer(grad_c_n),
+          pointer(grad_cells),
+          pointer(w_hh),
+          pointer(w_hr),
+          pointer(c0),
+          pointer(cells),
+          pointer(saved),
+          pointer(dgates),
+          /*db=*/nullptr,
+          pointer(dh0),
+          pointer(dc0),
+          pointer(dproj),
+          pointer(unprojected)};
 }
 
-void gru_forward(int dtype, int threads, int64_t steps, int64_t batch, Address batch_sizes,
-                 bool reverse, int64_t hidden, bool reset_before, int64_t input, Address x,
-                 Address w_ih, Address b_ih, Address gates_x, Address w_hh, Address b_hh,
-                 Address h0, Address output, Address h_n, Address saved) {
-  call(&cpu::Kernels::gru_forward,
-       GruForward{DType(dtype), threads, sequence(steps, batch, batch_sizes, reverse), hidden,
-                  reset_before, projection(input, x, w_ih, b_ih), pointer(gates_x), pointer(w_hh),
-                  pointer(b_hh), pointer(h0), pointer(output), pointer(h_n), pointer(saved)});
+GruForward gru_forward(int dtype, int threads, int64_t steps, int64_t batch, Address batch_sizes,
+                       bool reverse, int64_t hidden, bool reset_before, int64_t input, Address x,
+                       Address w_ih, Address b_ih, Address w_hh, Address b_hh, Address h0,
+                       Address output, Address h_n, Address saved) {
+  return {DType(dtype),
+          threads,
+          sequence(steps, batch, batch_sizes, reverse),
+          hidden,
+          reset_before,
+          projection(input, x, w_ih, b_ih),
+          /*gates_x=*/nullptr,
+          pointer(w_hh),
+          pointer(b_hh),
+          pointer(h0),
+          pointer(output),
+          pointer(h_n),
+          pointer(saved)};
 }
 
-void gru_backward(int dtype, int threads, int64_t steps, int64_t batch, Address batch_sizes,
-                  bool reverse, int64_t hidden, bool reset_before, Address grad_output,
-                  Address grad_h_n, Address w_hh, Address h0, Address output, Address saved,
-                  Address dgates, Address candidate, Address dh0) {
-  call(&cpu::Kernels::gru_backward,
-       GruBackward{DType(dtype), threads, sequence(steps, batch, batch_sizes, reverse), hidden,
-                   reset_before, pointer(grad_output), pointer(grad_h_n), pointer(w_hh),
-                   pointer(h0), pointer(output), pointer(saved), pointer(dgates),
-                   pointer(candidate), /*db=*/nullptr, pointer(dh0)});
+GruBackward gru_backward(int dtype, int threads, int64_t steps, int64_t batch, Address batch_sizes,
+                         bool reverse, int64_t hidden, bool reset_before, Address grad_output,
+                         Address grad_h_n, Address w_hh, Address h0, Address output, Address saved,
+                         Address dgates, Address candidate, Address dh0) {
+  return {DType(dtype),
+          threads,
+          sequence(steps, batch, batch_sizes, reverse),
+          hidden,
+          reset_before,
+          pointer(grad_output),
+          pointer(grad_h_n),
+          pointer(w_hh),
+          pointer(h0),
+          pointer(output),
+          pointer(saved),
+          pointer(dgates),
+          pointer(candidate),
+          /*db=*/nullptr,
+          pointer(dh0)};
 }
 
 void cross_entropy(int dtype, int threads, int64_t rows, int64_t classes, Address logits,
@@ -125,6 +162,35 @@ void elementwise(const std::string& function, int dtype, int64_t n, Address x, A
   choice.kernels.elementwise(code, DType(dtype), n, pointer(x), pointer(y));
 }
 
+// NAME(*problem) runs one problem, NAME_pair(problem, problem) two (see cpu/kernels.h).
+template <class Params, class... Args>
+void bind(py::module_& m, const std::string& name, cpu::Recurrence<Params> cpu::Kernels::* kernel,
+          Params (*describe)(Args...)) {
+  m.def(name.c_str(), [=](Args... args) {
+    const Params problem = describe(args...);
+    call(kernel, &problem, 1);
+  });
+  using Arguments = std::tuple<Args...>;
+  m.def((name + "_pair").c_str(), [=](const Arguments& first, const Arguments& second) {
+    const Params problems[] = {std::apply(describe, first), std::apply(describe, second)};
+    call(kernel, problems, 2);
+  });
+}
+
+bool side_by_side(int threads, std::tuple<int, int64_t, int64_t> first,
+                  std::tuple<int, int64_t, int64_t> second) {
+  const auto demand = [](const auto& d) {
+    return cpu::Demand{std::get<0>(d), std::get<1>(d), std::get<2>(d)};
+  };
+  return cpu::side_by_side(threads, demand(first), demand(second));
+}
+
+std::array<std::pair<int, int>, 2> crews(int came, int first, int second) {
+  cpu::Crew crews[2];
+  cpu::divide(came, first, second, crews);
+  return {{{crews[0].begin, crews[0].size}, {crews[1].begin, crews[1].size}}};
+}
+
 py::dict info() {
   const cpu::Choice& choice = cpu::choose();
   if (choice.error) raise_unless_ok(Status::invalid_argument(choice.error));
@@ -140,11 +206,16 @@ void bind_cpu(py::module_& m) {
   m.def("cpu_info", &info,
         "What the CPU kernels use: isa (RNNLM_CPU_ISA overrides), threads_from (runtime whose "
         "threads they run on).\n\nRaises ValueError when RNNLM_CPU_ISA names what is not there.");
-  m.def("cpu_lstm_forward", &lstm_forward);
-  m.def("cpu_lstm_backward", &lstm_backward);
-  m.def("cpu_gru_forward", &gru_forward);
-  m.def("cpu_gru_backward", &gru_backward);
+  bind(m, "cpu_lstm_forward", &cpu::Kernels::lstm_forward, &lstm_forward);
+  bind(m, "cpu_lstm_backward", &cpu::Kernels::lstm_backward, &lstm_backward);
+  bind(m, "cpu_gru_forward", &cpu::Kernels::gru_forward, &gru_forward);
+  bind(m, "cpu_gru_backward", &cpu::Kernels::gru_backward, &gru_backward);
   m.def("cpu_cross_entropy", &cross_entropy);
+  m.def("cpu_side_by_side", &side_by_side,
+        "Whether a team runs two problems of (threads, caches, work) side by side; for tests.");
+  m.def("cpu_crews", &crews,
+        "(begin, size) of the threads that run either of two problems side by side, of those that "
+        "came and those that were asked for; for tests.");
   m.def("cpu_elementwise", &elementwise,
         "y = f(x) of n values by the kernels' own exp, sigmoid or tanh; for tests.");
 }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,8 +14,9 @@ from ..options import BUILT_OPTIONS, Plan, Problem, RecurrenceOptions
 # Forward keeps the activated gates (16-bit dtypes: their pre-activations) for backward.
 SAVES_GATES = True
 
-# A gate is read before it is saved, so an LSTM may save over the projected gates.
-SAVES_OVER_GATES = True
+# Forward gets x and W_ih: the projected gates of a few steps stay in the cache, and a call touches
+# no memory for all of them (docs/performance-log.md).
+PROJECTS_INPUT = True
 
 # Codes of DType in csrc/core/params.h.
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -50,13 +54,19 @@ def plan(problem: Problem) -> Plan:
     )
 
 
-# Up to so many rows (T*B) forward gets x and W_ih instead of the projected gates: a GEMM call costs
-# more than the product.
-PROJECTS_ROWS = 4
+Call = Callable[..., Any]
+"""Who gets the arguments of a call, where it is not the native function."""
 
-# The projected gates come without b_ih: a GEMM that starts from a bias first writes it to every
-# row, which for bfloat16 takes half as long as the product (docs/performance-log.md).
-ADDS_INPUT_BIAS = True
+
+def together(name: str, first: tuple[Any, ...], second: tuple[Any, ...]) -> None:
+    """Two calls of the function ``name`` below, on threads side by side where that pays."""
+    function = globals()[name]
+    native_pair = getattr(native, f"cpu_{name}_pair")
+    native_pair(function(*first, call=_arguments), function(*second, call=_arguments))
+
+
+def _arguments(*arguments: int) -> tuple[int, ...]:
+    return arguments
 
 
 # The calls below write out what a helper could do for all: such helpers cost 1 us of a call of 20.
@@ -66,7 +76,7 @@ def lstm_forward(
     x: Tensor,
     w_ih: Tensor,
     b_ih: Tensor | None,
-    gates_x: Tensor | None,
+    gates_x: None,
     w_hh: Tensor,
     b_hh: Tensor | None,
     w_hr: Tensor | None,
@@ -79,22 +89,22 @@ def lstm_forward(
     c_n: Tensor,
     cells: Tensor | None,
     saved: Tensor | None,
-) -> None:
+    call: Call | None = None,
+) -> Any:
     """Fill output, h_n, c_n and, where wanted, cells and saved."""
-    native.cpu_lstm_forward(
+    return (call or native.cpu_lstm_forward)(
         _DTYPES[h0.dtype],
         torch.get_num_threads(),
-        len(x if batch_sizes is None else batch_sizes),
+        (x if batch_sizes is None else batch_sizes).shape[0],
         h0.shape[-2],
         0 if batch_sizes is None else batch_sizes.data_ptr(),
         options.reverse,
         c0.shape[-1],
-        0 if w_hr is None else len(w_hr),
+        0 if w_hr is None else w_hr.shape[0],
         x.shape[-1],
         x.data_ptr(),
         w_ih.data_ptr(),
         0 if b_ih is None else b_ih.data_ptr(),
-        0 if gates_x is None else gates_x.data_ptr(),
         w_hh.data_ptr(),
         0 if b_hh is None else b_hh.data_ptr(),
         0 if w_hr is None else w_hr.data_ptr(),
@@ -127,17 +137,18 @@ def lstm_backward(
     dc0: Tensor | None,
     dproj: Tensor | None,
     unprojected: Tensor | None,
-) -> None:
+    call: Call | None = None,
+) -> Any:
     """Fill dgates, dh0 and dc0 (both or neither) and, with a projection, dproj and unprojected."""
-    native.cpu_lstm_backward(
+    return (call or native.cpu_lstm_backward)(
         _DTYPES[h0.dtype],
         torch.get_num_threads(),
-        len(output if batch_sizes is None else batch_sizes),
+        (output if batch_sizes is None else batch_sizes).shape[0],
         h0.shape[-2],
         0 if batch_sizes is None else batch_sizes.data_ptr(),
         options.reverse,
         c0.shape[-1],
-        0 if w_hr is None else len(w_hr),
+        0 if w_hr is None else w_hr.shape[0],
         0 if grad_output is None else grad_output.data_ptr(),
         0 if grad_h_n is None else grad_h_n.data_ptr(),
         0 if grad_c_n is None else grad_c_n.data_ptr(),
@@ -159,7 +170,7 @@ def gru_forward(
     x: Tensor,
     w_ih: Tensor,
     b_ih: Tensor | None,
-    gates_x: Tensor | None,
+    gates_x: None,
     w_hh: Tensor,
     b_hh: Tensor | None,
     h0: Tensor,
@@ -168,12 +179,13 @@ def gru_forward(
     output: Tensor,
     h_n: Tensor,
     saved: Tensor | None,
-) -> None:
+    call: Call | None = None,
+) -> Any:
     """Fill output, h_n and, where wanted, saved."""
-    native.cpu_gru_forward(
+    return (call or native.cpu_gru_forward)(
         _DTYPES[h0.dtype],
         torch.get_num_threads(),
-        len(x if batch_sizes is None else batch_sizes),
+        (x if batch_sizes is None else batch_sizes).shape[0],
         h0.shape[-2],
         0 if batch_sizes is None else batch_sizes.data_ptr(),
         options.reverse,
@@ -183,7 +195,6 @@ def gru_forward(
         x.data_ptr(),
         w_ih.data_ptr(),
         0 if b_ih is None else b_ih.data_ptr(),
-        0 if gates_x is None else gates_x.data_ptr(),
         w_hh.data_ptr(),
         0 if b_hh is None else b_hh.data_ptr(),
         h0.data_ptr(),
@@ -205,12 +216,13 @@ def gru_backward(
     dgates: Tensor,
     candidate: Tensor,
     dh0: Tensor | None,
-) -> None:
+    call: Call | None = None,
+) -> Any:
     """Fill dgates, dh0 and candidate (see csrc/core/params.h)."""
-    native.cpu_gru_backward(
+    return (call or native.cpu_gru_backward)(
         _DTYPES[h0.dtype],
         torch.get_num_threads(),
-        len(output if batch_sizes is None else batch_sizes),
+        (output if batch_sizes is None else batch_sizes).shape[0],
         h0.shape[-2],
         0 if batch_sizes is None else batch_sizes.data_ptr(),
         options.reverse,

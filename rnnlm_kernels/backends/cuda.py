@@ -32,8 +32,9 @@ from . import streams
 SAVES_GATES = True
 # Backward adds up the gradients of biases itself, where its caller brings room for them (db).
 SUMS_BIASES = True
-# Rows up to which forward gets x instead of the projected gates: never, a GEMM is one more launch.
-PROJECTS_ROWS = 0
+# Forward gets the projected gates: on a GPU that is one more launch, and no pass over memory that
+# it would not make anyway.
+PROJECTS_INPUT = False
 
 ENVIRONMENT = "RNNLM_CUDA_TIER"
 # In the order of CudaTier. The backward pass of "grid-pairs" is that of "grid".

@@ -33,8 +33,9 @@ from .cuda import MIN_CAPABILITY, _allow_tf32, _offsets
 
 # Forward keeps the activated gates (16-bit dtypes: their pre-activations) for backward.
 SAVES_GATES = True
-# Rows up to which forward gets x instead of the projected gates: never, a GEMM is one more launch.
-PROJECTS_ROWS = 0
+# Forward gets the projected gates: on a GPU that is one more launch, and no pass over memory that
+# it would not make anyway.
+PROJECTS_INPUT = False
 
 ENVIRONMENT = "RNNLM_TRITON_KERNEL"
 KERNELS = ("auto", "stepwise", "sequence", "persistent")

@@ -15,7 +15,7 @@ Second derivatives: the backward operators are differentiable themselves, throug
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..options import checked_memory
 from . import gru_layer, lstm_layer
-from .directions import side_by_side as side_by_side
+from .directions import in_one_call, in_turn_or_on_streams, run_in_one_call
 from .planning import must_be_plain, nobody_watches
 
 _LSTM = torch.ops.rnnlm_kernels.lstm.default
@@ -95,6 +95,51 @@ def lstm(
     return output, h_n, c_n, (cells.to(x.dtype) if return_cells else None)
 
 
+def lstm_both(
+    forward: Sequence[Any],
+    reverse: Sequence[Any],
+    *,
+    return_cells: bool = False,
+    memory: str = "fast",
+    backend: str | None = None,
+) -> Sequence[tuple[Any, ...]]:
+    """Both directions of an LSTM layer, at the same time where that pays.
+
+    Args:
+        forward, reverse: the tensors of either direction, as :func:`lstm` takes them:
+            x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes. The directions have one x.
+        return_cells, memory, backend: as for :func:`lstm`.
+
+    Returns:
+        The results of :func:`lstm` for ``forward``, then for ``reverse``.
+
+    Example:
+        >>> x, h0, c0 = torch.randn(5, 2, 3), torch.zeros(2, 4), torch.zeros(2, 4)
+        >>> layer = x, h0, c0, torch.randn(16, 3), torch.randn(16, 4), None, None, None, None
+        >>> (output, *_), (reverse_output, *_) = lstm_both(layer, layer)
+        >>> output.shape, reverse_output.shape
+        (torch.Size([5, 2, 4]), torch.Size([5, 2, 4]))
+    """
+    checked_memory(memory)
+    trains = _both_will_differentiate(forward, reverse)
+    if trains is None or not in_one_call(forward, reverse):
+        return in_turn_or_on_streams(
+            *("lstm", lstm, forward, reverse),
+            return_cells=return_cells,
+            memory=memory,
+            backend=backend,
+        )
+    low = trains and memory == "low"
+    flags = (trains and not low, return_cells or low, backend)
+    directions = (*forward, False, *flags), (*reverse, True, *flags)
+    return [
+        (output, h_n, c_n, cells.to(output.dtype) if return_cells else None)
+        for output, h_n, c_n, cells, _ in run_in_one_call(
+            lstm_layer.forward, lstm_layer.Eager, trains, directions
+        )
+    ]
+
+
 def gru(
     x: Tensor,
     h0: Tensor,
@@ -136,6 +181,58 @@ def gru(
     save = trains and memory != "low"
     output, h_n, _ = run(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse, save, backend)
     return output, h_n
+
+
+def gru_both(
+    forward: Sequence[Any],
+    reverse: Sequence[Any],
+    *,
+    reset: str = "after",
+    memory: str = "fast",
+    backend: str | None = None,
+) -> Sequence[tuple[Any, ...]]:
+    """Both directions of a GRU layer, at the same time where that pays.
+
+    Args:
+        forward, reverse: the tensors of either direction, as :func:`gru` takes them:
+            x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes. The directions have one x.
+        reset, memory, backend: as for :func:`gru`.
+
+    Returns:
+        The results of :func:`gru` for ``forward``, then for ``reverse``.
+
+    Example:
+        >>> x, h0 = torch.randn(5, 2, 3), torch.zeros(2, 4)
+        >>> layer = x, h0, torch.randn(12, 3), torch.randn(12, 4), None, None, None
+        >>> (output, _), (reverse_output, _) = gru_both(layer, layer, reset="before")
+        >>> output.shape, reverse_output.shape
+        (torch.Size([5, 2, 4]), torch.Size([5, 2, 4]))
+    """
+    checked_memory(memory)
+    trains = _both_will_differentiate(forward, reverse)
+    if trains is None or not in_one_call(forward, reverse):
+        return in_turn_or_on_streams(
+            *("gru", gru, forward, reverse), reset=reset, memory=memory, backend=backend
+        )
+    save = trains and memory != "low"
+    directions = (
+        (*forward, reset, False, save, backend),
+        (*reverse, reset, True, save, backend),
+    )
+    return [
+        (output, h_n)
+        for output, h_n, _ in run_in_one_call(
+            gru_layer.forward, gru_layer.Eager, trains, directions
+        )
+    ]
+
+
+def _both_will_differentiate(forward: Sequence[Any], reverse: Sequence[Any]) -> bool | None:
+    """Whether forward should save for backward; None: in one direction only."""
+    if not torch.is_grad_enabled():
+        return False
+    trains = _will_differentiate(*forward)
+    return trains if trains == _will_differentiate(*reverse) else None
 
 
 def _will_differentiate(*tensors: Tensor | None) -> bool:

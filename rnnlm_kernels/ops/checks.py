@@ -6,78 +6,79 @@ import torch
 from torch import Tensor
 
 
-def check_layer(
-    gates: int,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    w_hr: Tensor | None,
-    batch_sizes: Tensor | None,
-) -> None:
-    """Everything the kernels take for granted about their tensors."""
+def check_alike(x: Tensor, *others: Tensor | None) -> None:
+    """One floating-point dtype and one device for x, h0, c0, w_ih, w_hh, b_ih, b_hh and w_hr."""
     dtype, device = x.dtype, x.device
+    for tensor in others:
+        if tensor is not None and (tensor.dtype is not dtype or tensor.device != device):
+            break
+    else:
+        return
+    check_floating(dtype)
+    names = ("h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
+    name = next(n for n, t in zip(names, others, strict=True) if t is tensor)
+    if tensor.device != device:
+        raise RuntimeError(f"{name} should be on the device of x ({device}), got {tensor.device}")
+    raise ValueError(f"{name} should have the dtype of x ({dtype}), got {tensor.dtype}")
+
+
+def check_floating(dtype: torch.dtype) -> None:
+    """The dtype of x."""
     if not dtype.is_floating_point:
         raise ValueError(f"x should be a floating-point tensor, got {dtype}")
-    on_cpu = x.is_cpu  # quicker to compare than devices are
-    for tensor in (h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr):
-        if tensor is not None and (
-            tensor.dtype is not dtype or not ((on_cpu and tensor.is_cpu) or tensor.device == device)
-        ):
-            names = ("h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
-            given = zip(names, (h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr), strict=True)
-            name = next(n for n, t in given if t is tensor)
-            if tensor.device != device:
-                raise RuntimeError(
-                    f"{name} should be on the device of x ({device}), got {tensor.device}"
-                )
-            raise ValueError(f"{name} should have the dtype of x ({dtype}), got {tensor.dtype}")
-    # .shape once per tensor: .size(i) is five times slower, and a call may take 10 us in all.
-    x_shape, w_shape, h_shape = x.shape, w_hh.shape, h0.shape
+
+
+def check_layer(
+    gates: int,
+    dtype: torch.dtype,
+    x: torch.Size,
+    h0: torch.Size,
+    c0: torch.Size | None,
+    w_ih: torch.Size,
+    w_hh: torch.Size,
+    b_ih: torch.Size | None,
+    b_hh: torch.Size | None,
+    w_hr: torch.Size | None,
+    batch_sizes: tuple[torch.Size, torch.dtype, torch.device] | None,
+) -> None:
+    """Everything the kernels take for granted about tensors that are alike: dtype and shapes."""
+    check_floating(dtype)
     dims = 3 if batch_sizes is None else 2
-    if len(x_shape) != dims:
+    if len(x) != dims:
         kind = "dense x [T, B, I]" if batch_sizes is None else "packed x [N, I]"
-        raise RuntimeError(f"{kind} should have {dims} dimensions, got {len(x_shape)}")
-    if len(w_shape) != 2 or w_shape[0] % gates:
-        raise RuntimeError(f"w_hh should be [{gates}H, R], got {list(w_shape)}")
-    rows, width = w_shape
+        raise RuntimeError(f"{kind} should have {dims} dimensions, got {len(x)}")
+    if len(w_hh) != 2 or w_hh[0] % gates:
+        raise RuntimeError(f"w_hh should be [{gates}H, R], got {list(w_hh)}")
+    rows, width = w_hh
     hidden = rows // gates
-    if len(h_shape) != 2 and (len(h_shape) != 3 or h_shape[0] != 1):
-        raise RuntimeError(f"h0 should be [B, {width}] or [1, B, {width}], got {list(h_shape)}")
-    *layer, batch, _ = h_shape
+    if len(h0) != 2 and (len(h0) != 3 or h0[0] != 1):
+        raise RuntimeError(f"h0 should be [B, {width}] or [1, B, {width}], got {list(h0)}")
+    *layer, batch, _ = h0
     if batch_sizes is None:
-        batch = x_shape[1]
-    if (
-        h_shape != (*layer, batch, width)
-        or w_ih.shape != (rows, x_shape[-1])
-        or (b_ih is not None and b_ih.shape != (rows,))
-        or (b_hh is not None and b_hh.shape != (rows,))
-        or (c0 is not None and c0.shape != (*layer, batch, hidden))
-        or (width != hidden if w_hr is None else w_hr.shape != (width, hidden))
-    ):
-        check_shapes(
-            w_hr=(w_hr, (width, hidden)),
-            w_hh=(w_hh, (rows, hidden if w_hr is None else width)),
-            w_ih=(w_ih, (rows, x_shape[-1])),
-            b_ih=(b_ih, (rows,)),
-            b_hh=(b_hh, (rows,)),
-            h0=(h0, (*layer, batch, width)),
-            c0=(c0, (*layer, batch, hidden)),
-        )
+        batch = x[1]
+    expected: dict[str, tuple[torch.Size | None, tuple[int, ...]]] = {
+        "w_hr": (w_hr, (width, hidden)),
+        "w_hh": (w_hh, (rows, hidden if w_hr is None else width)),
+        "w_ih": (w_ih, (rows, x[-1])),
+        "b_ih": (b_ih, (rows,)),
+        "b_hh": (b_hh, (rows,)),
+        "h0": (h0, (*layer, batch, width)),
+        "c0": (c0, (*layer, batch, hidden)),
+    }
+    for name, (given, shape) in expected.items():
+        if given is not None and given != shape:
+            raise RuntimeError(f"{name} should have shape {list(shape)}, got {list(given)}")
     if batch_sizes is None:
-        if x_shape[0] == 0:
+        if x[0] == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         return
-    if batch_sizes.device.type != "cpu" or batch_sizes.dtype != torch.int64:
+    steps, steps_dtype, steps_device = batch_sizes
+    if steps_device.type != "cpu" or steps_dtype != torch.int64:
         raise RuntimeError(
-            "batch_sizes should be an int64 tensor on the CPU, got "
-            f"{batch_sizes.dtype} on {batch_sizes.device}"
+            f"batch_sizes should be an int64 tensor on the CPU, got {steps_dtype} on {steps_device}"
         )
-    if batch_sizes.dim() != 1 or batch_sizes.size(0) == 0:
-        raise RuntimeError(f"batch_sizes should be [T] with T > 0, got {list(batch_sizes.shape)}")
+    if len(steps) != 1 or steps[0] == 0:
+        raise RuntimeError(f"batch_sizes should be [T] with T > 0, got {list(steps)}")
 
 
 def check_batch_sizes(x: Tensor, h0: Tensor, batch_sizes: Tensor) -> None:

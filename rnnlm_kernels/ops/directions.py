@@ -1,8 +1,8 @@
-"""The two directions of a layer side by side, where a GPU has room for both."""
+"""The two directions of a layer side by side: on streams of a GPU, on threads of a CPU."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,82 +10,100 @@ from torch import Tensor
 
 from ..backends import BACKENDS
 from ..backends.streams import Pair
-from .planning import PLAIN, must_be_plain, plan_layer
+from .pairs import forwards
+from .planning import PLAIN, must_be_plain, nobody_watches, plan_layer
 
 Layer = Callable[..., tuple[Any, ...]]
 
 
-def side_by_side(cell: str, layer: Layer) -> Layer:
-    """A stand-in for ``layer`` that runs the directions of a layer at the same time where it pays.
+def in_one_call(forward: Sequence[Any], reverse: Sequence[Any]) -> bool:
+    """Whether the directions may be one node of autograd whose backend calls are made together.
+
+    That is for CPUs, whose backend then divides its threads (``together``). Streams want a node
+    for each direction, and whoever watches sees operators of one direction.
+
+    Args:
+        forward, reverse: all tensors that the operator takes for one direction, and the other.
+    """
+    x = forward[0]
+    return x.is_cpu and not x.is_cuda and nobody_watches(*forward, *reverse) and not must_be_plain()
+
+
+def run_in_one_call(
+    forward: Layer,
+    eager: type[torch.autograd.Function],
+    trains: bool,
+    directions: Sequence[tuple[Any, ...]],
+) -> Sequence[tuple[Any, ...]]:
+    """Results of an operator for its arguments in each direction; see :func:`in_one_call`."""
+    if not trains:
+        return forwards(forward, directions)
+    first, second = directions
+    results: Any = eager.apply(*first, *second)
+    half = len(results) // 2
+    return results[:half], results[half:]
+
+
+def in_turn_or_on_streams(
+    cell: str,
+    layer: Layer,
+    forward: Sequence[Any],
+    reverse: Sequence[Any],
+    **options: Any,
+) -> Sequence[tuple[Any, ...]]:
+    """Results of ``layer`` in each direction, at the same time where a GPU has room for both.
 
     Args:
         cell: ``"lstm"`` or ``"gru"``.
         layer: :func:`rnnlm_kernels.ops.lstm` or :func:`rnnlm_kernels.ops.gru`.
-
-    Returns:
-        A function with the arguments and results of ``layer``, for calls in pairs: of each layer of
-        a stack the forward direction, then the reverse one. Not for more than one stack.
+        forward, reverse: the positional arguments of ``layer`` for each direction.
+        options: its other arguments but ``reverse``.
     """
+    x = forward[0]
     # A compiler takes the operators one after the other; streams of ours would stop its trace.
-    return layer if torch.compiler.is_compiling() else _Directions(cell, layer)
-
-
-class _Directions:
-    def __init__(self, cell: str, layer: Layer) -> None:
-        self._cell = cell
-        self._layer = layer
-        self._pair: Pair | None = None
-        self._saves = False
-
-    def __call__(
-        self,
-        *tensors: Tensor | None,
-        reverse: bool,
-        memory: str,
-        backend: str | None,
-        **options: Any,
-    ) -> tuple[Any, ...]:
-        if not reverse:
-            self._saves = torch.is_grad_enabled() and any(
-                tensor is not None and tensor.requires_grad for tensor in tensors
+    if x.is_cuda and not torch.compiler.is_compiling():
+        saves = torch.is_grad_enabled() and any(
+            tensor is not None and tensor.requires_grad for tensor in forward
+        )
+        pair = _streams(cell, saves, *forward, **options)
+        if pair is not None:
+            return (
+                pair.run(layer, *forward, reverse=False, saves=saves, **options),
+                pair.run(layer, *reverse, reverse=True, saves=saves, **options),
             )
-            self._pair = self._choose(*tensors, backend=backend, **options)
-        options.update(reverse=reverse, memory=memory, backend=backend)
-        if self._pair is None:
-            return self._layer(*tensors, **options)
-        return self._pair.run(self._layer, *tensors, saves=self._saves, **options)
+    return layer(*forward, reverse=False, **options), layer(*reverse, reverse=True, **options)
 
-    def _choose(self, *tensors: Any, backend: str | None, **options: Any) -> Pair | None:
-        """The streams for a layer, given the tensors of one direction; None: in turn."""
-        if not _streams_are_seen_by_nobody(tensors):
-            return None
-        if self._saves and _saved_tensors_are_hooked():
-            return None
-        if self._cell == "lstm":
-            x, h0, _, w_ih, w_hh, _, _, w_hr, batch_sizes = tensors
-        else:
-            x, h0, w_ih, w_hh, _, _, batch_sizes = tensors
-            w_hr = None
-        if w_hh.dim() != 2 or w_ih.dim() != 2 or h0.dim() < 2 or not x.numel() or not h0.numel():
-            return None  # nothing to do, or nothing that can be done: the operator knows
-        module, recurrence = plan_layer(
-            self._cell,
-            x,
-            w_ih,
-            w_hh,
-            batch_sizes,
-            False,
-            self._saves,
-            backend,
-            proj=w_hr is not None,
-            **options,
-        )
-        if module is not BACKENDS["cuda"]:
-            return None
-        pair: Pair | None = module.directions(
-            x, w_hh, w_hr, h0, batch_sizes, self._cell, recurrence, self._saves
-        )
-        return pair
+
+def _streams(
+    cell: str,
+    saves: bool,
+    *tensors: Any,
+    memory: str,
+    backend: str | None,
+    reset: str = "after",
+    return_cells: bool = False,
+) -> Pair | None:
+    """The streams for a layer, given the tensors of one direction; None: in turn."""
+    del memory
+    if not _streams_are_seen_by_nobody(tensors):
+        return None
+    if saves and _saved_tensors_are_hooked():
+        return None
+    if cell == "lstm":
+        x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes = tensors
+    else:
+        x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes = tensors
+        c0 = w_hr = None
+    if not x.numel() or not h0.numel():
+        return None
+    module, recurrence = plan_layer(
+        *(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reset, False, saves),
+        *(return_cells, backend),
+    )
+    if module is not BACKENDS["cuda"]:
+        return None
+    pair: Pair | None = module.directions(x, w_hh, w_hr, h0, batch_sizes, cell, recurrence, saves)
+    return pair
 
 
 def _streams_are_seen_by_nobody(tensors: tuple[Tensor | None, ...]) -> bool:

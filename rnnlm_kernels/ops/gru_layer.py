@@ -12,15 +12,16 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import BACKENDS
-from .checks import check_batch_sizes, check_layer, check_shapes
+from .checks import check_batch_sizes, check_shapes
 from .derivatives import reference_backward, with_layer_dimension
-from .planning import plan_layer
+from .pairs import Backward, Call
+from .planning import Plan, plan_layer
 from .products import (
     contiguous,
     empty_contiguous_like,
     empty_for_none,
-    input_gates,
     recurrent_weight_grad,
+    with_input_gates,
 )
 from .rebuild import gru_saved
 from .registration import register
@@ -36,8 +37,8 @@ def _outputs(
     hidden = h0.shape[-1]
     saved = None
     if save and module.SAVES_GATES:
-        saved = x.new_empty((*steps, (4 if reset == "after" else 3) * hidden))
-    return x.new_empty((*steps, hidden)), empty_contiguous_like(h0), saved
+        saved = x.new_empty(*steps, (4 if reset == "after" else 3) * hidden)
+    return x.new_empty(*steps, hidden), empty_contiguous_like(h0), saved
 
 
 def forward(
@@ -54,14 +55,33 @@ def forward(
     backend: str | None,
     *,
     shapes_only: bool = False,
+    later: list[Call] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The operator; with ``shapes_only`` for fake tensors: checks and outputs, no values."""
-    check_layer(3, x, h0, None, w_ih, w_hh, b_ih, b_hh, None, batch_sizes)
+    """The operator; with ``shapes_only`` for fake tensors: checks and outputs, no values.
+
+    ``later``: takes the call of the backend that has yet to be made; see :mod:`.pairs`.
+    """
+    # (Written out: unpacking lists of arguments, and names for them, cost 0.4 us a call.)
+    module, options = plan_layer(
+        "gru",
+        x,
+        h0,
+        None,
+        w_ih,
+        w_hh,
+        b_ih,
+        b_hh,
+        None,
+        batch_sizes,
+        reset,
+        reverse,
+        save,
+        False,
+        backend,
+        shapes_only,
+    )
     if batch_sizes is not None and not shapes_only:
         check_batch_sizes(x, h0, batch_sizes)
-    module, options = plan_layer(
-        "gru", x, w_ih, w_hh, batch_sizes, reverse, save, backend, reset=reset
-    )
     outputs = _outputs(x, h0, save, reset, module)
     if shapes_only:
         return outputs
@@ -70,13 +90,31 @@ def forward(
         outputs[0].copy_(values[0])
         outputs[1].copy_(values[1])
     elif outputs[1].numel():
-        module.gru_forward(
-            *input_gates(module, x, w_ih, b_ih),
-            *contiguous(w_hh, b_hh, h0, batch_sizes),
+        arguments = (
+            *with_input_gates(module, x, w_ih, b_ih, w_hh, b_hh, h0, batch_sizes),
             options,
             *outputs,
         )
+        if later is None:
+            module.gru_forward(*arguments)
+        else:
+            later.append((module, "gru_forward", arguments))
     return outputs
+
+
+def infer(
+    plan: Plan, input: Tensor, hx: Tensor | None, layer: Sequence[Any], batch_first: bool
+) -> tuple[Tensor, Tensor]:
+    """Output and h_n of a dense layer with a known plan: forward without all that is known."""
+    module, options = plan
+    x = input.transpose(0, 1) if batch_first else input
+    w_ih, w_hh, b_ih, b_hh, _ = layer
+    steps, batch, _ = x.shape
+    hidden = w_hh.shape[1]
+    h0 = x.new_zeros(1, batch, hidden) if hx is None else hx
+    output, h_n = x.new_empty(steps, batch, hidden), torch.empty_like(h0)
+    module.gru_forward(x, w_ih, b_ih, None, w_hh, b_hh, h0, None, options, output, h_n, None)
+    return (output.transpose(0, 1) if batch_first else output), h_n
 
 
 def _fake(*args: Any) -> tuple[Any, ...]:
@@ -99,11 +137,12 @@ def _backward(
     reverse: bool,
     backend: str | None,
     needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    module, options = plan_layer(
-        "gru", x, w_ih, w_hh, batch_sizes, reverse, True, backend, reset=reset
-    )
+) -> Backward:
     inputs = (x, h0, w_ih, w_hh, b_ih, b_hh)
+    module, options = plan_layer(
+        *("gru", x, h0, None, w_ih, w_hh, b_ih, b_hh, None, batch_sizes),
+        *(reset, reverse, True, False, backend),
+    )
     if module is BACKENDS["reference"]:
         layer = functools.partial(plain, batch_sizes=batch_sizes, reset=reset, reverse=reverse)
         return empty_for_none(x, reference_backward(layer, inputs, (grad_output, grad_h_n), needs))
@@ -131,23 +170,30 @@ def _backward(
     if need_db and h0.numel() and getattr(module, "SUMS_BIASES", False):
         db = x.new_empty(((4 if reset == "after" else 3) * hidden,))
     if h0.numel():
-        module.gru_backward(
-            *contiguous(grad_output, grad_h_n, w_hh, h0, output, saved, batch_sizes),
-            options,
-            dgates,
-            candidate,
-            dh0,
-            *([] if db is None else [db]),
+        yield (
+            module,
+            "gru_backward",
+            (
+                *contiguous(grad_output, grad_h_n, w_hh, h0, output, saved, batch_sizes),
+                options,
+                dgates,
+                candidate,
+                dh0,
+                *([] if db is None else [db]),
+            ),
         )
     dgates2d, candidate2d = dgates.flatten(0, -2), candidate.flatten(0, -2)
-    if need_db and db is None:
+    db_hn: Any = None  # of b_hn, where it is not that of b_in
+    if db is not None:
+        db, db_hn = db[: 3 * hidden], db[3 * hidden :]
+    elif need_db:
         db = dgates2d.sum(0)
         if need_b_hh and reset == "after":
-            db = torch.cat([db, candidate2d.sum(0)])
+            db_hn = candidate2d.sum(0)
     db_hh = dw_hh = None
     if need_b_hh:
         # Not a view of what the other bias gets.
-        db_hh = db.clone() if reset == "before" else torch.cat([db[: 2 * hidden], db[3 * hidden :]])
+        db_hh = db.clone() if reset == "before" else torch.cat([db[: 2 * hidden], db_hn])
     if need_w_hh:
         dw_hh = empty_contiguous_like(w_hh)
         before = functools.partial(
@@ -165,7 +211,7 @@ def _backward(
             dh0 if need_h0 else None,
             dgates2d.t() @ x.flatten(0, -2) if need_w_ih else None,
             dw_hh,
-            db[: 3 * hidden] if need_b_ih else None,
+            db if need_b_ih else None,
             db_hh,
         ),
     )

@@ -13,15 +13,16 @@ from torch import Tensor
 from .. import reference
 from ..backends import BACKENDS
 from ..reference import state_dtype
-from .checks import check_batch_sizes, check_layer, check_shapes
+from .checks import check_batch_sizes, check_shapes
 from .derivatives import reference_backward, with_layer_dimension
-from .planning import plan_layer
+from .pairs import Backward, Call
+from .planning import Plan, plan_layer
 from .products import (
     contiguous,
     empty_contiguous_like,
     empty_for_none,
-    input_gates,
     recurrent_weight_grad,
+    with_input_gates,
 )
 from .rebuild import lstm_saved
 from .registration import register
@@ -36,23 +37,16 @@ def _outputs(
     save: bool,
     return_cells: bool,
     module: ModuleType,
-    gates_x: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Uninitialised output, h_n, c_n, cells, saved; the last two are None when not wanted.
-
-    A backend that reads a gate before it saves it (``SAVES_OVER_GATES``) saves in ``gates_x``.
-    """
+    """Uninitialised output, h_n, c_n, cells, saved; the last two are None when not wanted."""
     *steps, _ = x.shape
     hidden = c0.shape[-1]
     cells = saved = None
     if save or return_cells:
-        cells = x.new_empty((*steps, hidden), dtype=state_dtype(x.dtype))
+        cells = x.new_empty(*steps, hidden, dtype=state_dtype(x.dtype))
     if save and module.SAVES_GATES:
-        if gates_x is not None and getattr(module, "SAVES_OVER_GATES", False):
-            saved = gates_x
-        else:
-            saved = x.new_empty((*steps, 4 * hidden))
-    output = x.new_empty((*steps, h0.shape[-1]))
+        saved = x.new_empty(*steps, 4 * hidden)
+    output = x.new_empty(*steps, h0.shape[-1])
     return output, empty_contiguous_like(h0), empty_contiguous_like(c0), cells, saved
 
 
@@ -72,26 +66,34 @@ def forward(
     backend: str | None,
     *,
     shapes_only: bool = False,
+    later: list[Call] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The operator; with ``shapes_only`` for fake tensors: checks and outputs, no values."""
-    check_layer(4, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes)
-    if batch_sizes is not None and not shapes_only:
-        check_batch_sizes(x, h0, batch_sizes)
+    """The operator; with ``shapes_only`` for fake tensors: checks and outputs, no values.
+
+    ``later``: takes the call of the backend that has yet to be made; see :mod:`.pairs`.
+    """
+    # (Written out: unpacking lists of arguments, and names for them, cost 0.4 us a call.)
     module, options = plan_layer(
         "lstm",
         x,
+        h0,
+        c0,
         w_ih,
         w_hh,
+        b_ih,
+        b_hh,
+        w_hr,
         batch_sizes,
+        "after",
         reverse,
         save,
+        return_cells,
         backend,
-        return_cells=return_cells,
-        proj=w_hr is not None,
+        shapes_only,
     )
-    computes = not shapes_only and h0.numel() + c0.numel() and module is not BACKENDS["reference"]
-    gates = input_gates(module, x, w_ih, b_ih) if computes else None
-    outputs = _outputs(x, h0, c0, save, return_cells, module, gates and gates[3])
+    if batch_sizes is not None and not shapes_only:
+        check_batch_sizes(x, h0, batch_sizes)
+    outputs = _outputs(x, h0, c0, save, return_cells, module)
     if shapes_only:
         return outputs
     if module is BACKENDS["reference"]:
@@ -99,14 +101,44 @@ def forward(
         for out, value in zip(outputs, values, strict=False):
             if out is not None:
                 out.copy_(value)
-    elif gates:
-        module.lstm_forward(
-            *gates,
-            *contiguous(w_hh, b_hh, w_hr, h0, c0, batch_sizes),
+    elif h0.numel() + c0.numel():
+        arguments = (
+            *with_input_gates(module, x, w_ih, b_ih, w_hh, b_hh, w_hr, h0, c0, batch_sizes),
             options,
             *outputs,
         )
+        if later is None:
+            module.lstm_forward(*arguments)
+        else:
+            later.append((module, "lstm_forward", arguments))
     return outputs
+
+
+def infer(
+    plan: Plan,
+    input: Tensor,
+    hx: Sequence[Tensor] | None,
+    layer: Sequence[Any],
+    batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor, None]:
+    """Output, h_n, c_n of a dense layer with a known plan: forward without all that is known."""
+    module, options = plan
+    x = input.transpose(0, 1) if batch_first else input
+    w_ih, w_hh, b_ih, b_hh, w_hr = layer
+    steps, batch, _ = x.shape
+    rows, width = w_hh.shape
+    if hx is None:
+        c0 = x.new_zeros(1, batch, rows // 4)
+        h0 = c0 if w_hr is None else x.new_zeros(1, batch, width)
+    else:
+        h0, c0 = hx
+    output = x.new_empty(steps, batch, width)
+    h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
+    module.lstm_forward(
+        *(x, w_ih, b_ih, None, w_hh, b_hh, w_hr, h0, c0, None, options),
+        *(output, h_n, c_n, None, None),
+    )
+    return (output.transpose(0, 1) if batch_first else output), h_n, c_n, None
 
 
 def _fake(*args: Any) -> tuple[Any, ...]:
@@ -134,20 +166,11 @@ def _backward(
     return_cells: bool,
     backend: str | None,
     needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    module, options = plan_layer(
-        "lstm",
-        x,
-        w_ih,
-        w_hh,
-        batch_sizes,
-        reverse,
-        True,
-        backend,
-        return_cells=return_cells,
-        proj=w_hr is not None,
-    )
+) -> Backward:
     inputs = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
+    module, options = plan_layer(
+        "lstm", *inputs, batch_sizes, "after", reverse, True, return_cells, backend
+    )
     if module is BACKENDS["reference"]:
         return empty_for_none(
             x,
@@ -192,16 +215,20 @@ def _backward(
     if need_db and h0.numel() and getattr(module, "SUMS_BIASES", False):
         db = x.new_empty((4 * hidden,))
     if h0.numel():
-        module.lstm_backward(
-            *contiguous(grad_output, grad_h_n, grad_c_n, grad_cells, w_hh, w_hr, h0, c0),
-            *contiguous(output, cells, saved, batch_sizes),
-            options,
-            dgates,
-            dh0,
-            dc0,
-            dproj,
-            unprojected,
-            *([] if db is None else [db]),
+        yield (
+            module,
+            "lstm_backward",
+            (
+                *contiguous(grad_output, grad_h_n, grad_c_n, grad_cells, w_hh, w_hr, h0, c0),
+                *contiguous(output, cells, saved, batch_sizes),
+                options,
+                dgates,
+                dh0,
+                dc0,
+                dproj,
+                unprojected,
+                *([] if db is None else [db]),
+            ),
         )
     dgates2d = dgates.flatten(0, -2)
     dw_hh = None

@@ -16,30 +16,26 @@ def empty_contiguous_like(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def contiguous(*tensors: Tensor | None) -> list[Any]:
+def contiguous(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Kernels read memory from the first element on: no strides, no lazy negation."""
-    return [
-        t if t is None or (t.is_contiguous() and not t.is_neg()) else t.resolve_neg().contiguous()
-        for t in tensors
-    ]
+    for t in tensors:
+        if t is not None and (t.is_neg() or not t.is_contiguous()):
+            return tuple(t if t is None else t.resolve_neg().contiguous() for t in tensors)
+    return tensors
 
 
-def input_gates(
-    module: ModuleType, x: Tensor, w_ih: Tensor, b_ih: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """x, w_ih, b_ih and the projection ``x W_ih^T + b_ih`` of all steps at once, ``[*, G*H]``.
+def with_input_gates(
+    module: ModuleType, x: Tensor, w_ih: Tensor, b_ih: Tensor | None, *others: Tensor | None
+) -> tuple[Any, ...]:
+    """What forward of a backend takes first: x, w_ih, b_ih, gates_x, and ``others`` contiguous.
 
-    The projection is None where the backend takes so few rows upon itself, and lacks ``b_ih`` where
-    the backend has ``ADDS_INPUT_BIAS``.
+    gates_x is the projection ``x W_ih^T + b_ih`` of all steps at once, ``[*, G*H]``; None where the
+    backend makes it itself (``PROJECTS_INPUT``).
     """
-    features = x.shape[-1]
-    if features and x.numel() <= module.PROJECTS_ROWS * features:
-        x, w_ih, b_ih = contiguous(x, w_ih, b_ih)
-        return x, w_ih, b_ih, None
-    if getattr(module, "ADDS_INPUT_BIAS", False):
-        (b_ih,) = contiguous(b_ih)
-        return x, w_ih, b_ih, torch.nn.functional.linear(x, w_ih).contiguous()
-    return x, w_ih, b_ih, torch.nn.functional.linear(x, w_ih, b_ih).contiguous()
+    if module.PROJECTS_INPUT:
+        return contiguous(x, w_ih, b_ih, None, *others)
+    gates_x = torch.nn.functional.linear(x, w_ih, b_ih).contiguous()
+    return (x, w_ih, b_ih, gates_x, *contiguous(*others))
 
 
 def recurrent_weight_grad(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .derivatives import second_derivative
+from .pairs import Backward, backwards, forwards
 from .planning import are_batched, nobody_watches
 
 _NAMESPACE = "rnnlm_kernels"
@@ -40,7 +41,7 @@ def register(
     backward_flags: tuple[str, ...],
     forward: Callable[..., tuple[Any, ...]],
     fake: Callable[..., tuple[Any, ...]],
-    backward: Callable[..., tuple[Any, ...]],
+    backward: Callable[..., Backward],
     layer: Callable[..., tuple[Any, ...]],
 ) -> type[torch.autograd.Function]:
     """Define operator ``name`` and ``name_backward`` and wire their autograd.
@@ -56,11 +57,14 @@ def register(
         grads: names of the differentiable outputs.
         saved: which outputs backward reads.
         backward_flags: names of the flags that backward takes as well.
-        forward, fake, backward: implementations; None stands for what was not wanted.
+        forward, fake, backward: implementations; None stands for what was not wanted. See
+            :mod:`.pairs` for how forward and backward make their call of a backend.
         layer: the same layer in plain PyTorch, for second derivatives.
 
     Returns:
-        The operator as an ``autograd.Function`` that reaches the implementation directly.
+        The operator as an ``autograd.Function`` that reaches the implementation directly. It also
+        takes the arguments of two layers that do not depend on each other, one after the other, and
+        returns the results of both: one node, whose calls of backends are made together.
     """
     tags = (torch.Tag.pt2_compliant_tag,)
     flag_names = [flag.split()[-1] for flag in flags]
@@ -83,15 +87,19 @@ def register(
 
     def with_empties(function: Callable[..., Sequence[Tensor | None]]) -> Callable[..., Any]:
         # An operator returns tensors only: an empty one stands for what was not wanted.
-        def operator(*args: Any) -> tuple[Tensor, ...]:
-            results: Any = function(*args)
+        def operator(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+            results: Any = function(*args, **kwargs)
             return tuple(results[0].new_empty((0,)) if r is None else r for r in results)
 
         return operator
 
     direct_forward = with_empties(forward)
     _library.impl(name, direct_forward, "CompositeExplicitAutograd")
-    _library.impl(f"{name}_backward", backward, "CompositeExplicitAutograd")
+
+    def direct_backward(*args: Any) -> tuple[Tensor, ...]:
+        return backwards(backward, (args,))[0]
+
+    _library.impl(f"{name}_backward", direct_backward, "CompositeExplicitAutograd")
     qualified = f"{_NAMESPACE}::{name}"
     torch.library.register_fake(qualified, with_empties(fake), lib=_library)
     torch.library.register_fake(
@@ -101,28 +109,48 @@ def register(
     kept_positions = [flag_names.index(n) for n in backward_flags]
     saved_positions = [(*grads, "saved").index(n) for n in saved]
     num_tensors = num_inputs + 1
+    num_arguments, num_results = num_tensors + len(flags), num_grads + 1
+    num_kept = num_tensors + num_saved
 
+    # For the operator it is one layer; for the autograd.Function it may be two, the one behind the
+    # other wherever there are arguments, results, or what is saved of them.
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(output[-1])
-        ctx.save_for_backward(*inputs[:num_tensors], *(output[p] for p in saved_positions))
-        ctx.flags = [inputs[num_tensors + p] for p in kept_positions]
+        ctx.mark_non_differentiable(*output[num_grads::num_results])
+        kept: list[Tensor] = []
+        ctx.flags = []
+        for layer in range(len(inputs) // num_arguments):
+            first, out = layer * num_arguments, layer * num_results
+            kept += inputs[first : first + num_tensors]
+            kept += [output[out + p] for p in saved_positions]
+            ctx.flags.append([inputs[first + num_tensors + p] for p in kept_positions])
+        ctx.save_for_backward(*kept)
 
     def autograd_backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = list(ctx.needs_input_grad[:num_inputs])
-        rest = (None,) * (1 + len(flags))
-        if all(g is None for g in incoming[:num_grads]):
-            return (None,) * num_inputs + rest
+        grads: list[Tensor | None] = [None] * (num_arguments * len(ctx.flags))
+        if all(g is None for g in incoming):
+            return tuple(grads)
         tensors = ctx.saved_tensors
+        calls, wanted = [], []
+        for layer, its_flags in enumerate(ctx.flags):
+            first, out = layer * num_arguments, layer * num_results
+            its_incoming = incoming[out : out + num_grads]
+            needs = list(ctx.needs_input_grad[first : first + num_inputs])
+            if any(needs) and not all(g is None for g in its_incoming):
+                kept = tensors[layer * num_kept : (layer + 1) * num_kept]
+                calls.append((*its_incoming, *kept, *its_flags, needs))
+                wanted.append(first)
         direct = (
             not torch.is_grad_enabled()
             and nobody_watches(*tensors, *incoming)
             and not are_batched(*incoming)
         )
-        run = backward if direct else backward_op
-        found = run(*incoming[:num_grads], *tensors, *ctx.flags, needs)
-        wanted = [g if need else None for g, need in zip(found, needs, strict=True)]
-        return (*wanted, *rest)
+        found = backwards(backward, calls) if direct else [backward_op(*call) for call in calls]
+        for first, call, its_grads in zip(wanted, calls, found, strict=True):
+            for i, (grad, need) in enumerate(zip(its_grads, call[-1], strict=True)):
+                if need:
+                    grads[first + i] = grad
+        return tuple(grads)
 
     torch.library.register_autograd(qualified, autograd_backward, setup_context=setup, lib=_library)
 
@@ -157,7 +185,11 @@ def register(
 
     # In one step: with a setup_context of its own, apply() inspects signatures on every call.
     def forward_and_setup(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        output = direct_forward(*args)
+        if len(args) == num_arguments:
+            output = direct_forward(*args)
+        else:
+            first, second = forwards(direct_forward, (args[:num_arguments], args[num_arguments:]))
+            output = (*first, *second)
         setup(ctx, args, output)
         return output
 
