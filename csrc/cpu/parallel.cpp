@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 #include <pthread.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <atomic>
@@ -166,6 +167,24 @@ void divide(int came, int first, int second, Crew crews[2]) {
   }
   crews[0] = {0, first};
   crews[1] = {first, second};
+}
+
+void map_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes,
+               [[maybe_unused]] int part, [[maybe_unused]] int parts) {
+#if defined(MADV_POPULATE_WRITE)
+  // Smaller pieces malloc may have had before, pages and all; larger ones are fresh at every call.
+  constexpr int64_t kSmall = int64_t(32) << 20;
+  constexpr uintptr_t kPage = 4096;
+  if (!memory || bytes < kSmall) return;
+  const auto first = reinterpret_cast<uintptr_t>(memory);
+  const auto boundary = [&](int i) {
+    return (first + uintptr_t(bytes) / uintptr_t(parts) * uintptr_t(i) + kPage - 1) / kPage * kPage;
+  };
+  const uintptr_t begin = boundary(part);
+  const uintptr_t end =
+      part + 1 < parts ? boundary(part + 1) : (first + uintptr_t(bytes)) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_POPULATE_WRITE);
+#endif
 }
 
 const char* parallel_runtime() {

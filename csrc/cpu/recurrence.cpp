@@ -69,6 +69,7 @@ class Steps {
   bool reverse() const { return seq_.reverse; }
   int64_t rows(int64_t t) const { return seq_.batch_sizes ? seq_.batch_sizes[t] : seq_.batch; }
   int64_t start(int64_t t) const { return starts_ ? starts_[t] : t * seq_.batch; }
+  int64_t total_rows() const { return start(seq_.steps - 1) + rows(seq_.steps - 1); }
   // The step that the s-th iteration of forward (backward) computes.
   int64_t forward_step(int64_t s) const { return seq_.reverse ? seq_.steps - 1 - s : s; }
   int64_t backward_step(int64_t s) const { return seq_.reverse ? s : seq_.steps - 1 - s; }
@@ -163,6 +164,11 @@ struct Place {
   bool idle() const { return thread >= split.threads(); }
   Range blocks(int64_t count) const { return share(count, unit_group, split.unit_groups); }
   Range everything(int64_t count) const { return share(count, thread, split.threads()); }
+  // Memory that the team is going to write, `count` numbers.
+  template <class T>
+  void map(T* memory, int64_t count) const {
+    map_pages(memory, count * int64_t(sizeof(T)), thread, split.threads());
+  }
   void meet_all() const { all->wait(split.threads()); }
   void meet_rows() const { rows_barrier->wait(split.unit_groups); }
 };
@@ -689,6 +695,9 @@ class LstmForwardTask {
   }
 
   void run(const Place& place) {
+    place.map(static_cast<S*>(p_.saved), steps.total_rows() * 4 * p_.hidden);
+    place.map(static_cast<T*>(p_.cells), steps.total_rows() * p_.hidden);
+    place.map(static_cast<S*>(p_.output), steps.total_rows() * width_);
     input_gates_.pack(place);
     gates_.pack(place);
     if (p_.proj) project_.pack(place);
@@ -817,6 +826,7 @@ class LstmBackwardTask {
   }
 
   void run(const Place& place) {
+    place.map(static_cast<S*>(p_.dgates), steps.total_rows() * 4 * p_.hidden);
     recurrent_.pack(place);
     if (p_.proj) unproject_.pack(place);
     const Range mine = place.everything(steps.batch());
@@ -977,6 +987,9 @@ class GruForwardTask {
   }
 
   void run(const Place& place) {
+    place.map(static_cast<S*>(p_.saved),
+              steps.total_rows() * (p_.reset_before ? 3 : 4) * p_.hidden);
+    place.map(static_cast<S*>(p_.output), steps.total_rows() * p_.hidden);
     input_gates_.pack(place);
     gates_.pack(place);
     if (p_.reset_before) {
@@ -1152,6 +1165,8 @@ class GruBackwardTask {
   }
 
   void run(const Place& place) {
+    place.map(static_cast<S*>(p_.dgates), steps.total_rows() * 3 * p_.hidden);
+    place.map(static_cast<S*>(p_.candidate), steps.total_rows() * p_.hidden);
     recurrent_.pack(place);
     if (p_.reset_before) candidate_.pack(place);
     const Range mine = place.everything(steps.batch());
