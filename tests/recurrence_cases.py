@@ -317,6 +317,29 @@ def run_python(code: str, timeout: float = 120, **environment: str) -> str:
     return done.stdout + done.stderr
 
 
+def run_in_a_forked_child(before: str, check: str, threads: int) -> None:
+    """Run ``before`` in a new process on two threads, then ``check``, one line, in a fork of it."""
+    printed = run_python(
+        f"""
+import multiprocessing, torch
+torch.set_num_threads(2)
+{before}
+def child():
+    torch.set_num_threads({threads})
+    {check}
+process = multiprocessing.get_context("fork").Process(target=child, daemon=True)
+process.start()
+process.join(10)
+if process.is_alive():
+    process.kill()
+    print("hangs")
+print("exit code", process.exitcode)
+"""
+    )
+    assert "hangs" not in printed
+    assert "exit code 0" in printed
+
+
 def run_under_isa(isa: str, code: str) -> None:
     """Run code in a process whose kernels use instruction set ``isa``."""
     check = f"from rnnlm_kernels import _C; assert _C.cpu_info()['isa'] == {isa!r}\n"

@@ -5,7 +5,6 @@ In turn means here: as two calls of the operator for one direction.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,10 +12,10 @@ from unittest import mock
 
 import pytest
 import torch
-from recurrence_cases import DTYPES, layer, run_python
+from recurrence_cases import DTYPES, layer, run_in_a_forked_child
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from watchers import on_a_subclass, under_a_dispatch_mode, under_a_trace
 
 import rnnlm_kernels.nn
 from rnnlm_kernels import functional, ops
@@ -277,49 +276,19 @@ def test_layers_of_different_sizes_run_together(cell: str, count: int) -> None:
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_forked_child_runs_both_directions(count: int) -> None:
-    printed = run_python(
-        f"""
-import multiprocessing, torch
+    run_in_a_forked_child(
+        """
 from rnnlm_kernels import nn
-torch.set_num_threads(2)
 net = nn.GRU(7, 65, bidirectional=True, backend="cpu").requires_grad_(False)
 x = torch.randn(20, 1, 7)
 expected = net(x)[0]
-def child():
-    torch.set_num_threads({count})
-    assert torch.equal(net(x)[0], expected)
-process = multiprocessing.get_context("fork").Process(target=child, daemon=True)
-process.start()
-process.join(10)
-if process.is_alive():
-    process.kill()
-    print("hangs")
-print("exit code", process.exitcode)
-"""
+""",
+        "assert torch.equal(net(x)[0], expected)",
+        count,
     )
-    assert "hangs" not in printed
-    assert "exit code 0" in printed
 
 
 # --- when ----------------------------------------------------------------------------------------
-
-
-class Dispatch(TorchDispatchMode):
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
-        return function(*args, **(kwargs or {}))
-
-
-class Wrapped(Tensor):
-    pass
-
-
-def under_a_dispatch_mode(net: torch.nn.Module, x: Tensor) -> None:
-    with Dispatch():
-        net(x)
-
-
-def on_a_subclass(net: torch.nn.Module, x: Tensor) -> None:
-    net(x.as_subclass(Wrapped))
 
 
 def under_a_profiler(net: torch.nn.Module, x: Tensor) -> None:
@@ -328,12 +297,6 @@ def under_a_profiler(net: torch.nn.Module, x: Tensor) -> None:
         net(x)
     counts = {event.key: event.count for event in profile.key_averages()}
     assert counts["rnnlm_kernels::gru"] == 2
-
-
-def under_a_trace(net: torch.nn.Module, x: Tensor) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.jit.trace(net.requires_grad_(False), x, check_trace=False)
 
 
 def under_a_transform(net: torch.nn.Module, x: Tensor) -> None:

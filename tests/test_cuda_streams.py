@@ -7,7 +7,6 @@ known exactly, whatever order the calls happen to have here.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,8 +18,8 @@ import pytest
 import torch
 from cuda_emulated import Emulated, emulated, module, needs_emulator
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from watchers import on_a_subclass, under_a_dispatch_mode, under_a_trace
 
 import rnnlm_kernels
 from rnnlm_kernels import functional, ops
@@ -347,17 +346,6 @@ def test_the_low_memory_policy_reaches_both_directions(kind: str) -> None:
 # --- when ----------------------------------------------------------------------------------------
 
 
-class Dispatch(TorchDispatchMode):
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
-        return function(*args, **(kwargs or {}))
-
-
-class Wrapped(Tensor):
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None):
-        return super().__torch_function__(function, types, args, kwargs or {})
-
-
 def under_a_checkpoint(net: torch.nn.Module, x: Tensor) -> None:
     """The first node that asks has all computed again, on its stream."""
     checkpoint(net, x, use_reentrant=False)[0].float().sum().backward()
@@ -366,21 +354,6 @@ def under_a_checkpoint(net: torch.nn.Module, x: Tensor) -> None:
 def with_hooks(net: torch.nn.Module, x: Tensor) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
         net(x)
-
-
-def under_a_dispatch_mode(net: torch.nn.Module, x: Tensor) -> None:
-    with Dispatch():
-        net(x)
-
-
-def on_a_subclass(net: torch.nn.Module, x: Tensor) -> None:
-    net(x.as_subclass(Wrapped))
-
-
-def under_a_trace(net: torch.nn.Module, x: Tensor) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.jit.trace(net.requires_grad_(False), x, check_trace=False)
 
 
 def under_a_compiler(net: torch.nn.Module, x: Tensor) -> None:
