@@ -214,6 +214,7 @@ SPLITS = {
     "rows-and-units": {"T": 9, "B": 2, "H": 400},
     "packed-rows": {"lengths": tuple(range(20, 4, -1)), "H": 64, "reverse": True},
     "one-step": {"T": 1, "B": 70, "H": 100, "I": 40},
+    "memory-mapped-beforehand": {"T": 260, "B": 130, "H": 64},
 }
 
 

@@ -469,11 +469,11 @@ void copy_operand(const void* tensor, int64_t width, Range rows, Operand<S>* out
   }
 }
 
-// --- the input
-// ------------------------------------------------------------------------------------ x W_ih^T +
-// b, from which the product with h starts, is never stored whole. A thread computes what it will
-// itself read: of few rows a step, for some steps ahead, so that W_ih is read once for all of them;
-// of many, together with each piece of the product with h.
+// --- the input -----------------------------------------------------------------------------------
+
+// x W_ih^T + b, from which the product with h starts, is never stored whole. A thread computes what
+// it will itself read: of few rows a step, for some steps ahead, so that W_ih is read once for all
+// of them; of many, together with each piece of the product with h.
 
 // Rows that are worth reading W_ih for.
 template <class S>
