@@ -168,11 +168,12 @@ RNNLM_INLINE Word splat_pair(const bf16* p) {
 
 // `chain` for pairs.
 template <int NV, int MR>
-void pair_chain(const bf16* a, int64_t lda, int64_t K, const bf16* panel, Start<float> start,
-                float* acc) {
+void pair_chain(const bf16* a, int64_t lda, int64_t K, const bf16* panel, const bf16* ahead,
+                Start<float> start, float* acc) {
   constexpr int L = kLanes<float>;
   Vec<float> sum[MR][NV] = {};
-  for (int64_t k = 0; k < K; k += 2) {
+  for (int64_t k = 0; k < K; k += 2, ahead += 2 * L) {
+    if constexpr (MR > 2) __builtin_prefetch(ahead, 0, 1);
     const bf16* tile = panel + k / kTileDepth * NV * kTileSize + k % kTileDepth * L;
     Word w[NV];
 #pragma GCC unroll 4
@@ -195,26 +196,28 @@ void pair_chain(const bf16* a, int64_t lda, int64_t K, const bf16* panel, Start<
 
 template <int NV, int MR = 1>
 RNNLM_INLINE void pair_chain_rows(int rows, const bf16* a, int64_t lda, int64_t K,
-                                  const bf16* panel, Start<float> start, float* acc) {
+                                  const bf16* panel, const bf16* ahead, Start<float> start,
+                                  float* acc) {
   if constexpr (MR <= max_rows(NV)) {
-    if (rows == MR) return pair_chain<NV, MR>(a, lda, K, panel, start, acc);
-    pair_chain_rows<NV, MR + 1>(rows, a, lda, K, panel, start, acc);
+    if (rows == MR) return pair_chain<NV, MR>(a, lda, K, panel, ahead, start, acc);
+    pair_chain_rows<NV, MR + 1>(rows, a, lda, K, panel, ahead, start, acc);
   }
 }
 
 // `product` for pairs.
 template <int NV>
 void pair_product(int rows, const bf16* a, int64_t lda, int64_t K, const bf16* panel,
-                  Start<float> start, float* acc) {
+                  const bf16* next, Start<float> start, float* acc) {
   constexpr int L = kLanes<float>;
   const int groups = int(ceil_div(rows, max_rows(NV)));
   for (int64_t k = 0; k == 0 || k < K; k += kChain) {
+    const bf16* ahead = k + kChain < K ? panel + (k + kChain) * NV * L : next;
     for (int g = 0; g < groups; ++g) {
       const int begin = rows * g / groups, end = rows * (g + 1) / groups;
       float* out = acc + begin * NV * L;
+      const Start<float> from = k ? Start<float>{out, NV * L} : start.rows_from(begin);
       pair_chain_rows<NV>(end - begin, a + begin * lda + k, lda, min64(kChain, K - k),
-                          panel + k * NV * L,
-                          k ? Start<float>{out, NV * L} : start.rows_from(begin), out);
+                          panel + k * NV * L, ahead + g * kChain * L, from, out);
     }
   }
 }
@@ -496,7 +499,7 @@ struct Matrix {
       return tiled_product<NV>(tiles, rows, a, lda, packed_depth(), panel, start, acc);
 #elif defined(__AVX512BF16__)
     if constexpr (kPairs<S>)
-      return pair_product<NV>(rows, a, lda, packed_depth(), panel, start, acc);
+      return pair_product<NV>(rows, a, lda, packed_depth(), panel, next, start, acc);
 #endif
     if constexpr (!kPairs<S>) product<T, NV>(rows, a, lda, depth, panel, next, start, acc);
   }
