@@ -108,6 +108,44 @@ struct GruBackward {
   void* dh0;  // T [B, H], or null: not wanted
 };
 
+// out = x w^T, of a head that is followed by a cross-entropy. CPU only.
+struct Linear {
+  DType dtype;
+  int threads;
+  int64_t rows, input, units;
+  const void* x;  // T [rows, input]
+  const void* w;  // T [units, input]
+  void* out;      // T [rows, units]
+};
+
+// What is left of the backward pass of a layer, LSTM or GRU, after its recurrence: sums over all
+// rows of all steps. Or of a head, a linear map of x: one "gate", and nothing recurrent. Gradients
+// that are null are not wanted. CPU only.
+struct LayerGradients {
+  DType dtype;
+  int threads;
+  Sequence seq;
+  int64_t rows;  // N
+  int64_t gates, hidden, proj, input;
+  bool reset_before;
+  double scale;             // that all gradients are multiplied by
+  bool accumulates;         // dw_ih is added to
+  const void* dgates;       // T [N, G*H]
+  const void* candidate;    // T [N, H], of a GRU (see GruBackward)
+  const void* dproj;        // T [N, R], with a projection (see LstmBackward), as the next
+  const void* unprojected;  // T [N, H]
+  const void* x;            // T [N, I]
+  const void* h0;           // T [B, R]
+  const void* output;       // T [N, R]
+  const void* w_ih;
+  void* dx;     // T [N, I]
+  void* dw_ih;  // T [G*H, I]
+  void* dw_hh;  // T [G*H, R]
+  void* dw_hr;  // T [R, H]
+  void* db_ih;  // T [G*H]
+  void* db_hh;  // T [G*H]
+};
+
 // Logits of some rows of a linear + cross-entropy head (one chunk): their losses and, in place, the
 // gradient of sum_i upstream_i loss_i with respect to them. V classes, A as above. With w the class
 // weights and e = label_smoothing:

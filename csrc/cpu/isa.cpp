@@ -54,6 +54,14 @@ bool has_amx() {
 }
 #endif
 
+bool is_amd() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 Choice pick() {
   // Best first.
   const Candidate candidates[] = {
@@ -79,13 +87,13 @@ Choice pick() {
   for (const Candidate& candidate : candidates) {
     if (!candidate.runs_here) continue;
     if (free_choice ? candidate.wanted : std::strcmp(wanted, candidate.name) == 0)
-      return {candidate.kernels(), nullptr};
+      return {candidate.kernels(), nullptr, is_amd()};
     able += able.empty() ? candidate.name : std::string(", ") + candidate.name;
   }
   static std::string error;
   error = std::string("RNNLM_CPU_ISA='") + wanted + "' is not an instruction set of this CPU and " +
           "build; expected 'auto' or one of: " + able;
-  return {generic::kernels(), error.c_str()};
+  return {generic::kernels(), error.c_str(), false};
 }
 
 }  // namespace

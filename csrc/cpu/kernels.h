@@ -8,17 +8,19 @@ namespace rnnlm::cpu {
 // What a kernel did: nothing went wrong, or memory for its workspace could not be had.
 enum class Result : int { ok = 0, out_of_memory = 1 };
 
-// A recurrence takes one problem, or two of the same dtype that need not wait for each other (the
-// directions of a layer): those run at the same time where half of the threads will do for each.
+// A layer's kernel takes one problem, or two of the same dtype that need not wait for each other
+// (its directions): those run at the same time where half of the threads will do for each.
 template <class Params>
-using Recurrence = Result (*)(const Params* problems, int count);
+using LayerKernel = Result (*)(const Params* problems, int count);
 
 struct Kernels {
   const char* isa;
-  Recurrence<LstmForward> lstm_forward;
-  Recurrence<LstmBackward> lstm_backward;
-  Recurrence<GruForward> gru_forward;
-  Recurrence<GruBackward> gru_backward;
+  LayerKernel<LstmForward> lstm_forward;
+  LayerKernel<LstmBackward> lstm_backward;
+  LayerKernel<GruForward> gru_forward;
+  LayerKernel<GruBackward> gru_backward;
+  LayerKernel<Linear> linear;
+  LayerKernel<LayerGradients> layer_gradients;
   Result (*cross_entropy)(const CrossEntropy&);
   // y = f(x) for n floats (f64: doubles), so that tests reach the vector math: 0 exp, 1 sigmoid,
   // 2 tanh.
@@ -27,24 +29,34 @@ struct Kernels {
 
 namespace generic {
 Kernels kernels();
+Result linear(const Linear*, int);
+Result layer_gradients(const LayerGradients*, int);
 Result cross_entropy(const CrossEntropy&);
 }  // namespace generic
 namespace avx2 {
 Kernels kernels();
+Result linear(const Linear*, int);
+Result layer_gradients(const LayerGradients*, int);
 Result cross_entropy(const CrossEntropy&);
 }  // namespace avx2
 namespace avx512 {
 Kernels kernels();
+Result linear(const Linear*, int);
+Result layer_gradients(const LayerGradients*, int);
 Result cross_entropy(const CrossEntropy&);
 }  // namespace avx512
 
-// bfloat16 recurrence only; the rest is AVX-512's.
+// bfloat16 layers only; the rest is AVX-512's.
 namespace avx512bf16 {
 Kernels kernels();
-}
+Result linear(const Linear*, int);
+Result layer_gradients(const LayerGradients*, int);
+}  // namespace avx512bf16
 namespace amx {
 Kernels kernels();
-}
+Result linear(const Linear*, int);
+Result layer_gradients(const LayerGradients*, int);
+}  // namespace amx
 
 // The best instruction set that was built and that this CPU has, or the one that the environment
 // variable RNNLM_CPU_ISA names. Chosen at the first call. `error` is null, or says that
@@ -52,6 +64,9 @@ Kernels kernels();
 struct Choice {
   Kernels kernels;
   const char* error;
+  // Whether linear and layer_gradients are faster than the GEMMs of torch's libraries: measured on
+  // AMD's CPUs (docs/performance-log.md), not yet on others.
+  bool products_pay;
 };
 const Choice& choose();
 

@@ -160,6 +160,14 @@ RNNLM_INLINE Word load_pairs(const bf16* p) {
 RNNLM_INLINE Word load_pairs(const bf16* p, int64_t n) {
   return (Word)_mm512_maskz_loadu_epi16(n >= kTileDepth ? ~0u : (1u << n) - 1, p);
 }
+// The numbers of two rows in turn. Without a second one zeros stand in for it.
+RNNLM_INLINE Word load_rows(const bf16* a, const bf16* b, int64_t n) {
+  const auto numbers = [n](const bf16* p) {
+    const uint16_t lanes = n >= 16 ? 0xffff : first_lanes(n);
+    return (Word)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_maskz_loadu_epi16(lanes, p));
+  };
+  return b ? numbers(a) | numbers(b) << 16 : numbers(a);
+}
 RNNLM_INLINE Word splat_pair(const bf16* p) {
   uint32_t pair;
   memcpy(&pair, p, sizeof pair);
@@ -378,7 +386,7 @@ struct Tiles {};
 
 // A matrix and how its outputs are cut into blocks. Vector v of block b holds the outputs of units
 // unit(b, v) .. unit(b, v) + lanes(b, v); with gates, NV = G and vector v belongs to gate v of the
-// same units; otherwise the vectors of a block are neighbours, and the last block may have fewer.
+// same units; otherwise the vectors of a block are neighbours, and some blocks have one less.
 template <class S>
 struct Matrix {
   using T = Arithmetic<S>;
@@ -386,20 +394,23 @@ struct Matrix {
   static constexpr int L = kLanes<T>;
 
   const S* w = nullptr;
-  int64_t ld = 0;           // distance of two rows of w
-  bool columns = false;     // M(u, k) = w[k][u], else w[u][k]
-  bool gates = false;       // vectors of a block are gates
-  int vectors = 1;          // NV, at most
-  int64_t units = 0;        // outputs (of one gate)
-  int64_t depth = 0;        // K
-  const T* bias = nullptr;  // packed [blocks][NV][L] or null
+  int64_t ld = 0;                       // distance of two rows of w
+  const S* const* scattered = nullptr;  // where its rows are, if not there; only with `columns`
+  bool columns = false;                 // M(u, k) = w[k][u], else w[u][k]
+  bool gates = false;                   // vectors of a block are gates
+  int vectors = 1;                      // NV, at most
+  int64_t units = 0;                    // outputs (of one gate)
+  int64_t depth = 0;                    // K
+  const T* bias = nullptr;              // packed [blocks][NV][L] or null
 
-  int64_t block_units() const { return gates ? L : L * vectors; }
-  int64_t blocks() const { return ceil_div(units, block_units()); }
-  int64_t unit(int64_t block, int v) const { return block * block_units() + (gates ? 0 : v * L); }
+  const S* row(int64_t k) const { return scattered ? scattered[k] : w + k * ld; }
+  int64_t blocks() const { return ceil_div(units, gates ? L : L * vectors); }
+  // Without gates: vectors before a block. All blocks have nearly the same number.
+  int64_t first_vector(int64_t block) const { return ceil_div(units, L) * block / blocks(); }
+  int64_t unit(int64_t block, int v) const { return L * (gates ? block : first_vector(block) + v); }
   int64_t lanes(int64_t block, int v) const { return min64(L, units - unit(block, v)); }
   int vectors_of(int64_t block) const {
-    return gates ? vectors : int(min64(vectors, ceil_div(units - unit(block, 0), L)));
+    return gates ? vectors : int(first_vector(block + 1) - first_vector(block));
   }
   // Row (or column) of w that holds the weights of the first lane.
   int64_t line(int64_t block, int v) const {
@@ -423,7 +434,7 @@ struct Matrix {
       T* out = panel + v * L;
       const int64_t step = vectors_of(block) * L;
       if (columns) {
-        for (int64_t k = 0; k < depth; ++k) store(out + k * step, load(w + k * ld + first, n));
+        for (int64_t k = 0; k < depth; ++k) store(out + k * step, load(row(k) + first, n));
         continue;
       }
       for (int64_t k0 = 0; k0 < depth; k0 += L) {
@@ -442,11 +453,13 @@ struct Matrix {
       for (int v = 0; v < vectors_of(block); ++v, panel += kTileSize) {
         const int64_t n = lanes(block, v), first = line(block, v);
         if (columns) {
-          S rows[kTileDepth][L] = {};
-          for (int64_t k = 0; k < kn; ++k)
-            memcpy(rows[k], w + (k0 + k) * ld + first, size_t(n) * sizeof(S));
-          for (int64_t k = 0; k < kTileDepth; ++k)
-            for (int64_t l = 0; l < L; ++l) panel[k / 2 * 2 * L + 2 * l + k % 2] = rows[k][l];
+          for (int64_t k = 0; k < kTileDepth; k += 2) {
+            Word pairs = {};
+            if (k < kn)
+              pairs =
+                  load_rows(row(k0 + k) + first, k + 1 < kn ? row(k0 + k + 1) + first : nullptr, n);
+            memcpy(panel + k * L, &pairs, sizeof pairs);
+          }
         } else {
           // Pairs of bfloat16 move as words.
           Vec<float> rows[L] = {};

@@ -681,13 +681,6 @@ class GruBackwardTask {
 // --- entry points --------------------------------------------------------------------------------
 
 #if defined(__AVX512BF16__)
-// Only bfloat16 is any different from AVX-512's.
-template <template <class> class Task, class Params>
-Result dispatch(Recurrence<Params> Kernels::* other, const Params* problems, int count) {
-  if (problems->dtype == DType::bf16) return run<Task<bf16>>(problems, count);
-  return (avx512::kernels().*other)(problems, count);
-}
-
 }  // namespace
 
 #define RNNLM_STRING(x) #x
@@ -695,37 +688,24 @@ Result dispatch(Recurrence<Params> Kernels::* other, const Params* problems, int
 Kernels kernels() {
   Kernels k = avx512::kernels();
   k.isa = RNNLM_NAME(RNNLM_ISA);
+  k.linear = linear;
+  k.layer_gradients = layer_gradients;
   k.lstm_forward = [](const LstmForward* problems, int count) {
-    return dispatch<LstmForwardTask>(&Kernels::lstm_forward, problems, count);
+    return dispatch<LstmForwardTask>(problems, count, avx512::kernels().lstm_forward);
   };
   k.lstm_backward = [](const LstmBackward* problems, int count) {
-    return dispatch<LstmBackwardTask>(&Kernels::lstm_backward, problems, count);
+    return dispatch<LstmBackwardTask>(problems, count, avx512::kernels().lstm_backward);
   };
   k.gru_forward = [](const GruForward* problems, int count) {
-    return dispatch<GruForwardTask>(&Kernels::gru_forward, problems, count);
+    return dispatch<GruForwardTask>(problems, count, avx512::kernels().gru_forward);
   };
   k.gru_backward = [](const GruBackward* problems, int count) {
-    return dispatch<GruBackwardTask>(&Kernels::gru_backward, problems, count);
+    return dispatch<GruBackwardTask>(problems, count, avx512::kernels().gru_backward);
   };
   return k;
 }
 
 #else
-template <template <class> class Task, class Params>
-Result dispatch(const Params* problems, int count) {
-  switch (problems->dtype) {
-    case DType::f64:
-      return run<Task<double>>(problems, count);
-    case DType::bf16:
-      return run<Task<bf16>>(problems, count);
-    case DType::f16:
-      return run<Task<f16>>(problems, count);
-    case DType::f32:
-      break;
-  }
-  return run<Task<float>>(problems, count);
-}
-
 template <class T>
 void elementwise(int function, int64_t n, const T* x, T* y) {
   constexpr int L = kLanes<T>;
@@ -749,6 +729,8 @@ Kernels kernels() {
           dispatch<LstmBackwardTask, LstmBackward>,
           dispatch<GruForwardTask, GruForward>,
           dispatch<GruBackwardTask, GruBackward>,
+          linear,
+          layer_gradients,
           cross_entropy,
           [](int function, DType dtype, int64_t n, const void* x, void* y) {
             if (dtype == DType::f64)

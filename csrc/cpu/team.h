@@ -41,6 +41,7 @@ class Steps {
       start += seq_.batch_sizes[t];
     }
   }
+  const Sequence& sequence() const { return seq_; }
   int64_t count() const { return seq_.steps; }
   int64_t batch() const { return seq_.batch; }
   bool reverse() const { return seq_.reverse; }
@@ -244,5 +245,30 @@ Result run(const Params* problems, int count) {
   }
   return Result::ok;
 }
+
+// Runs a task of the dtype that the problems have.
+#if defined(__AVX512BF16__)
+// Only bfloat16 is any different from AVX-512's: `other` is for the other dtypes.
+template <template <class> class Task, class Params>
+Result dispatch(const Params* problems, int count, LayerKernel<Params> other) {
+  if (problems->dtype == DType::bf16) return run<Task<bf16>>(problems, count);
+  return other(problems, count);
+}
+#else
+template <template <class> class Task, class Params>
+Result dispatch(const Params* problems, int count) {
+  switch (problems->dtype) {
+    case DType::f64:
+      return run<Task<double>>(problems, count);
+    case DType::bf16:
+      return run<Task<bf16>>(problems, count);
+    case DType::f16:
+      return run<Task<f16>>(problems, count);
+    case DType::f32:
+      break;
+  }
+  return run<Task<float>>(problems, count);
+}
+#endif
 
 }  // namespace rnnlm::cpu::RNNLM_ISA

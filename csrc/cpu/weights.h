@@ -123,9 +123,13 @@ RNNLM_INLINE void for_each_output(const Weights<S>& m, const Place& place, Range
   using T = Arithmetic<S>;
   for_each_piece(m, place, rows, backwards, a, lda, start_of,
                  [&](int64_t block, int64_t row, int count, const T* acc, Start<T>) {
+                   const int64_t first = m.unit(block, 0);
+                   const int vectors = m.vectors_of(block);
                    for (int i = 0; i < count; ++i)
-                     for (int v = 0; v < m.vectors_of(block); ++v, acc += kLanes<T>)
-                       f(row + i, m.unit(block, v), m.lanes(block, v), acc);
+                     for (int v = 0; v < vectors; ++v, acc += kLanes<T>) {
+                       const int64_t unit = first + v * kLanes<T>;
+                       f(row + i, unit, min64(kLanes<T>, m.units - unit), acc);
+                     }
                  });
 }
 template <class S, class F>
@@ -140,10 +144,15 @@ RNNLM_INLINE void for_each_output(const Weights<S>& m, const Place& place, Range
 template <class S, class F>
 RNNLM_INLINE void for_each_unit(const Weights<S>& m, const Place& place, Range rows, F f) {
   const Range blocks = place.blocks(m.blocks());
-  for (int64_t block = blocks.begin; block < blocks.end; ++block)
+  for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+    const int64_t first = m.unit(block, 0);
+    const int vectors = m.gates ? 1 : m.vectors_of(block);
     for (int64_t row = rows.begin; row < rows.end; ++row)
-      for (int v = 0; v < (m.gates ? 1 : m.vectors_of(block)); ++v)
-        f(row, m.unit(block, v), m.lanes(block, v));
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t unit = first + v * kLanes<Arithmetic<S>>;
+        f(row, unit, min64(kLanes<Arithmetic<S>>, m.units - unit));
+      }
+  }
 }
 
 template <class S>

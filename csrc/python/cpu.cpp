@@ -140,6 +140,45 @@ GruBackward gru_backward(int dtype, int threads, int64_t steps, int64_t batch, A
           pointer(dh0)};
 }
 
+Linear linear(int dtype, int threads, int64_t rows, int64_t input, int64_t units, Address x,
+              Address w, Address out) {
+  return {DType(dtype), threads, rows, input, units, pointer(x), pointer(w), pointer(out)};
+}
+
+LayerGradients layer_gradients(int dtype, int threads, int64_t steps, int64_t batch,
+                               Address batch_sizes, bool reverse, int64_t rows, int64_t gates,
+                               int64_t hidden, int64_t proj, int64_t input, bool reset_before,
+                               double scale, bool accumulates, Address dgates, Address candidate,
+                               Address dproj, Address unprojected, Address x, Address h0,
+                               Address output, Address w_ih, Address dx, Address dw_ih,
+                               Address dw_hh, Address dw_hr, Address db_ih, Address db_hh) {
+  return {DType(dtype),
+          threads,
+          sequence(steps, batch, batch_sizes, reverse),
+          rows,
+          gates,
+          hidden,
+          proj,
+          input,
+          reset_before,
+          scale,
+          accumulates,
+          pointer(dgates),
+          pointer(candidate),
+          pointer(dproj),
+          pointer(unprojected),
+          pointer(x),
+          pointer(h0),
+          pointer(output),
+          pointer(w_ih),
+          pointer(dx),
+          pointer(dw_ih),
+          pointer(dw_hh),
+          pointer(dw_hr),
+          pointer(db_ih),
+          pointer(db_hh)};
+}
+
 void cross_entropy(int dtype, int threads, int64_t rows, int64_t classes, Address logits,
                    Address bias, Address target, Address class_weight, double class_weight_sum,
                    int64_t ignore_index, double label_smoothing, Address upstream, bool gradient,
@@ -164,7 +203,7 @@ void elementwise(const std::string& function, int dtype, int64_t n, Address x, A
 
 // NAME(*problem) runs one problem, NAME_pair(problem, problem) two (see cpu/kernels.h).
 template <class Params, class... Args>
-void bind(py::module_& m, const std::string& name, cpu::Recurrence<Params> cpu::Kernels::* kernel,
+void bind(py::module_& m, const std::string& name, cpu::LayerKernel<Params> cpu::Kernels::* kernel,
           Params (*describe)(Args...)) {
   m.def(name.c_str(), [=](Args... args) {
     const Params problem = describe(args...);
@@ -197,6 +236,7 @@ py::dict info() {
   py::dict info;
   info["isa"] = choice.kernels.isa;
   info["threads_from"] = cpu::parallel_runtime();
+  info["products_pay"] = choice.products_pay;
   return info;
 }
 
@@ -205,11 +245,14 @@ py::dict info() {
 void bind_cpu(py::module_& m) {
   m.def("cpu_info", &info,
         "What the CPU kernels use: isa (RNNLM_CPU_ISA overrides), threads_from (runtime whose "
-        "threads they run on).\n\nRaises ValueError when RNNLM_CPU_ISA names what is not there.");
+        "threads they run on), gradients_pay (cpu_layer_gradients is faster than torch's "
+        "GEMMs).\n\nRaises ValueError when RNNLM_CPU_ISA names what is not there.");
   bind(m, "cpu_lstm_forward", &cpu::Kernels::lstm_forward, &lstm_forward);
   bind(m, "cpu_lstm_backward", &cpu::Kernels::lstm_backward, &lstm_backward);
   bind(m, "cpu_gru_forward", &cpu::Kernels::gru_forward, &gru_forward);
   bind(m, "cpu_gru_backward", &cpu::Kernels::gru_backward, &gru_backward);
+  bind(m, "cpu_linear", &cpu::Kernels::linear, &linear);
+  bind(m, "cpu_layer_gradients", &cpu::Kernels::layer_gradients, &layer_gradients);
   m.def("cpu_cross_entropy", &cross_entropy);
   m.def("cpu_side_by_side", &side_by_side,
         "Whether a team runs two problems of (threads, caches, work) side by side; for tests.");

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -237,6 +238,107 @@ def gru_backward(
         dgates.data_ptr(),
         candidate.data_ptr(),
         0 if dh0 is None else dh0.data_ptr(),
+    )
+
+
+@functools.cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether :func:`linear` and the gradients below are faster than PyTorch's products.
+
+    That was measured to be so on AMD's CPUs, and is so where oneDNN has no product for a 16-bit
+    dtype.
+    """
+    if native.cpu_info()["products_pay"]:
+        return True
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+    if name is None:
+        return False
+    supported: Callable[[], bool] = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")
+    return not supported()
+
+
+def linear(x: Tensor, w: Tensor, out: Tensor) -> None:
+    """``out = x w^T``; x [N, I], w [V, I], contiguous."""
+    native.cpu_linear(
+        *(_DTYPES[x.dtype], torch.get_num_threads(), len(x), x.shape[1], len(w)),
+        *(x.data_ptr(), w.data_ptr(), out.data_ptr()),
+    )
+
+
+def linear_gradients(
+    grad: Tensor,
+    x: Tensor,
+    w: Tensor,
+    dx: Tensor | None,
+    dw: Tensor | None,
+    *,
+    scale: float = 1.0,
+    accumulates: bool = False,
+) -> None:
+    """``dx = scale grad w`` and ``dw = scale grad^T x``, or, if it accumulates, ``dw`` plus that.
+
+    grad [N, V], x [N, I], w [V, I]; all contiguous.
+    """
+    native.cpu_layer_gradients(
+        *(_DTYPES[x.dtype], torch.get_num_threads(), 1, len(x), 0, False, len(x)),
+        *(1, grad.shape[1], 0, x.shape[1], False, scale, accumulates),
+        *(grad.data_ptr(), 0, 0, 0, x.data_ptr(), 0, 0, w.data_ptr()),
+        0 if dx is None else dx.data_ptr(),
+        0 if dw is None else dw.data_ptr(),
+        *(0, 0, 0, 0),
+    )
+
+
+def layer_gradients(
+    dgates: Tensor,
+    candidate: Tensor | None,
+    dproj: Tensor | None,
+    unprojected: Tensor | None,
+    x: Tensor,
+    h0: Tensor,
+    output: Tensor,
+    w_ih: Tensor,
+    batch_sizes: Tensor | None,
+    options: RecurrenceOptions,
+    dx: Tensor | None,
+    dw_ih: Tensor | None,
+    dw_hh: Tensor | None,
+    dw_hr: Tensor | None,
+    db_ih: Tensor | None,
+    db_hh: Tensor | None,
+    call: Call | None = None,
+) -> Any:
+    """Fill the gradients that are not None (see csrc/core/params.h)."""
+    hidden = (output if unprojected is None else unprojected).shape[-1]
+    return (call or native.cpu_layer_gradients)(
+        _DTYPES[x.dtype],
+        torch.get_num_threads(),
+        (x if batch_sizes is None else batch_sizes).shape[0],
+        h0.shape[-2],
+        0 if batch_sizes is None else batch_sizes.data_ptr(),
+        options.reverse,
+        dgates.numel() // dgates.shape[-1],
+        dgates.shape[-1] // hidden,
+        hidden,
+        0 if dproj is None else dproj.shape[-1],
+        x.shape[-1],
+        options.reset == "before",
+        1.0,
+        False,
+        dgates.data_ptr(),
+        0 if candidate is None else candidate.data_ptr(),
+        0 if dproj is None else dproj.data_ptr(),
+        0 if unprojected is None else unprojected.data_ptr(),
+        x.data_ptr(),
+        h0.data_ptr(),
+        output.data_ptr(),
+        w_ih.data_ptr(),
+        0 if dx is None else dx.data_ptr(),
+        0 if dw_ih is None else dw_ih.data_ptr(),
+        0 if dw_hh is None else dw_hh.data_ptr(),
+        0 if dw_hr is None else dw_hr.data_ptr(),
+        0 if db_ih is None else db_ih.data_ptr(),
+        0 if db_hh is None else db_hh.data_ptr(),
     )
 
 

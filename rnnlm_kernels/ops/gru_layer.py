@@ -20,6 +20,8 @@ from .products import (
     contiguous,
     empty_contiguous_like,
     empty_for_none,
+    layer_gradients,
+    multiplies,
     recurrent_weight_grad,
     with_input_gates,
 )
@@ -182,6 +184,13 @@ def _backward(
                 *([] if db is None else [db]),
             ),
         )
+    if h0.numel() and multiplies(module, x):
+        dx, dw_ih, dw_hh, db_ih, db_hh, _ = layer_gradients(
+            *(module, options, x, h0, (w_ih, w_hh, None), batch_sizes, output),
+            *(dgates, candidate, None, None),
+            (need_x, need_w_ih, need_w_hh, need_b_ih, need_b_hh, False),
+        )
+        return empty_for_none(x, (dx, dh0 if need_h0 else None, dw_ih, dw_hh, db_ih, db_hh))
     dgates2d, candidate2d = dgates.flatten(0, -2), candidate.flatten(0, -2)
     db_hn: Any = None  # of b_hn, where it is not that of b_in
     if db is not None:

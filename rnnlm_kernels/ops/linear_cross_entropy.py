@@ -160,6 +160,39 @@ def _choose_pass(
     return run
 
 
+# --- the products of a chunk ----------------------------------------------------------------------
+
+
+class _TorchProducts:
+    """PyTorch's, for every device."""
+
+    @staticmethod
+    def linear(x: Tensor, w: Tensor, out: Tensor) -> None:
+        torch.mm(x, w.t(), out=out)
+
+    @staticmethod
+    def linear_gradients(
+        grad: Tensor,
+        x: Tensor,
+        w: Tensor,
+        dx: Tensor | None,
+        dw: Tensor | None,
+        *,
+        scale: float = 1.0,
+        accumulates: bool = False,
+    ) -> None:
+        if dx is not None:
+            dx.addmm_(grad, w, beta=0, alpha=scale)
+        if dw is not None:
+            dw.addmm_(grad.t(), x, beta=1 if accumulates else 0, alpha=scale)
+
+
+def _choose_products(input: Tensor) -> Any:
+    """Whose products are the faster ones; see :func:`rnnlm_kernels.backends.cpu.linear`."""
+    own = input.is_cpu and backends.cpu.available()[0] and backends.cpu.multiplies(input.dtype)
+    return backends.cpu if own else _TorchProducts
+
+
 # --- forward and backward over all chunks ---------------------------------------------------------
 
 
@@ -188,7 +221,7 @@ def _run(
     rows, width = input.shape
     classes = len(linear_weight)
     dtype, sums = input.dtype, arithmetic(input.dtype)
-    run_pass = _choose_pass(dtype, input.device, backend)
+    run_pass, products = _choose_pass(dtype, input.device, backend), _choose_products(input)
     need_input, need_weight, need_bias = needs
     gradient = any(needs)
     alpha = 1.0 if scale is None else scale
@@ -226,7 +259,7 @@ def _run(
         part = slice(start, min(start + chunk, rows))
         x = input[part]
         logits = logits_of_chunk[: len(x)]
-        torch.mm(x, linear_weight.t(), out=logits)
+        products.linear(x, linear_weight, logits)
         run_pass(
             logits,
             bias,
@@ -240,22 +273,27 @@ def _run(
             losses[part],
             d_bias,
         )
-        if d_input is not None:
-            if held != dtype:
-                torch.mul(torch.mm(logits, linear_weight), alpha, out=d_input[part])
-            else:
-                d_input[part].addmm_(logits, linear_weight, beta=0, alpha=alpha)
-        if d_weight is not None:
-            if product is not None:
-                product.addmm_(logits.t(), x, beta=1 if index % added else 0)
-                if (index + 1) % added and part.stop < rows:
-                    continue
-                if index >= added:
-                    d_weight.add_(product, alpha=alpha)
-                elif alpha != 1.0 or d_weight is not product:
-                    torch.mul(product, alpha, out=d_weight)
-            else:
-                d_weight.addmm_(logits.t(), x, beta=1 if start else 0, alpha=alpha)
+        if not gradient:
+            continue
+        gradients = functools.partial(products.linear_gradients, logits, x, linear_weight)
+        dx = None if d_input is None else d_input[part]
+        if dx is not None and held != dtype:
+            in_dtype = torch.empty_like(x)
+            gradients(in_dtype, None)
+            torch.mul(in_dtype, alpha, out=dx)
+            dx = None
+        if product is None:
+            gradients(dx, d_weight, scale=alpha, accumulates=start > 0)
+            continue
+        gradients(dx, None, scale=alpha)
+        gradients(None, product, accumulates=index % added > 0)
+        if (index + 1) % added and part.stop < rows:
+            continue
+        assert d_weight is not None
+        if index >= added:
+            d_weight.add_(product, alpha=alpha)
+        elif alpha != 1.0 or d_weight is not product:
+            torch.mul(product, alpha, out=d_weight)
     if d_weight is not None and d_weight.dtype != held:
         assert product is not None
         d_weight = product.copy_(d_weight)

@@ -21,6 +21,8 @@ from .products import (
     contiguous,
     empty_contiguous_like,
     empty_for_none,
+    layer_gradients,
+    multiplies,
     recurrent_weight_grad,
     with_input_gates,
 )
@@ -228,6 +230,19 @@ def _backward(
                 dproj,
                 unprojected,
                 *([] if db is None else [db]),
+            ),
+        )
+    if h0.numel() and multiplies(module, x):
+        dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr = layer_gradients(
+            *(module, options, x, h0, (w_ih, w_hh, w_hr), batch_sizes, output),
+            *(dgates, None, dproj, unprojected),
+            (need_x, need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr),
+        )
+        return empty_for_none(
+            x,
+            (
+                *(dx, dh0 if need_h0 else None, dc0 if need_c0 else None),
+                *(dw_ih, dw_hh, db_ih, db_hh, dw_hr),
             ),
         )
     dgates2d = dgates.flatten(0, -2)

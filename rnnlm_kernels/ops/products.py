@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..options import RecurrenceOptions
+
 
 def empty_contiguous_like(tensor: Tensor) -> Tensor:
     if tensor.is_contiguous():  # then the quicker call does it
@@ -36,6 +38,47 @@ def with_input_gates(
         return contiguous(x, w_ih, b_ih, None, *others)
     gates_x = torch.nn.functional.linear(x, w_ih, b_ih).contiguous()
     return (x, w_ih, b_ih, gates_x, *contiguous(*others))
+
+
+def multiplies(module: ModuleType, x: Tensor) -> bool:
+    """Whether a backend's own kernels do what is left of backward after the recurrence."""
+    return hasattr(module, "multiplies") and module.multiplies(x.dtype)
+
+
+def layer_gradients(
+    module: ModuleType,
+    options: RecurrenceOptions,
+    x: Tensor,
+    h0: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor | None],
+    batch_sizes: Tensor | None,
+    output: Tensor,
+    dgates: Tensor,
+    candidate: Tensor | None,
+    dproj: Tensor | None,
+    unprojected: Tensor | None,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """By the backend's kernel: gradients of x, w_ih, w_hh, b_ih, b_hh, w_hr; which, ``needs`` says.
+
+    ``weights``: w_ih, w_hh and w_hr.
+    """
+    w_ih, w_hh, w_hr = weights
+    need_x, need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr = needs
+    rows = len(w_ih)
+    dx = empty_contiguous_like(x) if need_x else None
+    dw_ih = empty_contiguous_like(w_ih) if need_w_ih else None
+    dw_hh = empty_contiguous_like(w_hh) if need_w_hh else None
+    dw_hr = empty_contiguous_like(w_hr) if need_w_hr and w_hr is not None else None
+    db_ih = x.new_empty(rows) if need_b_ih else None
+    db_hh = x.new_empty(rows) if need_b_hh else None
+    module.layer_gradients(
+        *(dgates, candidate, dproj, unprojected),
+        *contiguous(x, h0, output, w_ih, batch_sizes),
+        options,
+        *(dx, dw_ih, dw_hh, dw_hr, db_ih, db_hh),
+    )
+    return dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr
 
 
 def recurrent_weight_grad(
