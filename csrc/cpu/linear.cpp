@@ -114,13 +114,14 @@ class LayerGradientsTask {
         w_ih_(columns<S>(p.w_ih, p.input, p.gates * p.hidden)) {
     const int64_t H = p.hidden, R = p.proj ? p.proj : H, threads = p.threads;
     if (p.dx) {
-      const bool whole = rows_ > kInputGradRows;
+      const bool few = rows_ <= 4;
       w_ih_.reserve(arena,
-                    whole       ? Packing::ahead
-                    : rows_ > 4 ? Packing::at_use
-                                : Packing::none,
+                    few             ? Packing::none
+                    : shares_rows() ? Packing::ahead
+                                    : Packing::at_use,
                     p.threads);
-      if (converts()) dgates_ = arena.take<X>(threads * kInputGradRows * gates_ld_);
+      const int64_t copied = shares_rows() ? threads * kInputGradRows : rows_;
+      if (converts()) dgates_ = arena.take<X>(copied * gates_ld_);
     }
     set_right(x_, p.x, p.input, p.dw_ih, arena);
     set_right(h_, p.output, R, p.dw_hh, arena);
@@ -208,28 +209,41 @@ class LayerGradientsTask {
       outer.total = arena.take<T>(left.units * right.units);
   }
 
-  // dx = dgates W_ih. Many rows are shared among the threads, of few the columns.
+  // dx = dgates W_ih. Many rows are shared among the threads, which then need all of the packed
+  // weights; of few each thread has some columns, and packs their weights where it uses them.
+  bool shares_rows() const { return w_ih_.blocks() < 2 * p_.threads || rows_ > kChunkRows; }
   void input_gradient(const Place& team) {
-    Place place = team;
-    if (w_ih_.blocks() < 2 * team.split.threads() || rows_ > kChunkRows)
-      std::swap(place.split.row_groups, place.split.unit_groups);
-    place.unit_group = place.thread % place.split.unit_groups;
-    const Range mine = share(rows_, place.thread / place.split.unit_groups, place.split.row_groups);
-    w_ih_.pack(place);
-    if (w_ih_.packing == Packing::ahead) place.meet_all();
     const int64_t width = p_.gates * p_.hidden;
-    for (int64_t row = mine.begin; row < mine.end; row += kInputGradRows) {
-      const int64_t count = min64(kInputGradRows, mine.end - row);
-      const S* dgates = static_cast<const S*>(p_.dgates) + row * width;
-      X* copy = dgates_ + place.thread * kInputGradRows * gates_ld_;
-      if (converts()) copy_operand<S>(dgates, width, {0, count}, copy, gates_ld_);
-      for_each_output(w_ih_, place, {0, count}, false,
-                      converts() ? copy : reinterpret_cast<const X*>(dgates), gates_ld_,
-                      [&](int64_t i, int64_t unit, int64_t lanes, const T* sums) {
-                        store_flushing(static_cast<S*>(p_.dx) + (row + i) * p_.input + unit,
-                                       load(sums) * scale_, lanes);
-                      });
+    const S* dgates = static_cast<const S*>(p_.dgates);
+    if (!shares_rows()) {
+      if (converts()) {
+        copy_operand<S>(dgates, width, team.everything(rows_), dgates_, gates_ld_);
+        team.meet_all();
+      }
+      multiply_by_w_ih(team, converts() ? dgates_ : reinterpret_cast<const X*>(dgates), {0, rows_});
+      return;
     }
+    Place place = team;
+    std::swap(place.split.row_groups, place.split.unit_groups);
+    place.unit_group = 0;
+    w_ih_.pack(place);
+    place.meet_all();
+    const Range mine = place.everything(rows_);
+    X* copy = dgates_ + place.thread * kInputGradRows * gates_ld_;
+    for (int64_t row = mine.begin; row < mine.end; row += kInputGradRows) {
+      const Range rows = {row, min64(row + kInputGradRows, mine.end)};
+      const S* some = dgates + row * width;
+      if (converts()) copy_operand<S>(some, width, {0, rows.end - row}, copy, gates_ld_);
+      multiply_by_w_ih(place, converts() ? copy : reinterpret_cast<const X*>(some), rows);
+    }
+  }
+  // `dgates`: of the first of these rows.
+  void multiply_by_w_ih(const Place& place, const X* dgates, Range rows) {
+    S* dx = static_cast<S*>(p_.dx) + rows.begin * p_.input;
+    for_each_output(w_ih_, place, {0, rows.end - rows.begin}, false, dgates, gates_ld_,
+                    [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
+                      store_flushing(dx + row * p_.input + unit, load(sums) * scale_, lanes);
+                    });
   }
 
   // This thread's share of the panels of a chunk.
@@ -342,12 +356,12 @@ class LayerGradientsTask {
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t column = m.unit(b, 0);
       T* total = outer.total ? outer.total + unit * width + column : nullptr;
-      if (!first)
-        for (int64_t i = 0; i < count; ++i)
-          prefetch<kMaxVectors, true>(total + i * width, kVectorBytes);
+      S* out = outer.out + unit * width + column;
+      Destination destination = {reinterpret_cast<const char*>(out), width * int64_t(sizeof(S))};
+      if (!last) destination = {reinterpret_cast<const char*>(total), width * int64_t(sizeof(T))};
       const X* panel = outer.right->panels + b * outer.right->panel_size();
       const X* next = b + 1 < blocks ? panel + outer.right->panel_size() : outer.right->panels;
-      m.multiply(*place.tiles, b, panel, next, count, transposed, left_ld_, {}, acc);
+      m.multiply(*place.tiles, b, panel, next, count, transposed, left_ld_, {}, acc, destination);
       const T* sums = acc;
       const int vectors = m.vectors_of(b);
       for (int64_t i = 0; i < count; ++i)
@@ -357,9 +371,9 @@ class LayerGradientsTask {
           if (!first)
             sum = sum + load(total + offset, lanes);
           else if (p_.accumulates)
-            sum = sum + load(outer.out + unit * width + column + offset, lanes);
+            sum = sum + load(out + offset, lanes);
           if (last)
-            store_flushing(outer.out + unit * width + column + offset, sum, lanes);
+            store_flushing(out + offset, sum, lanes);
           else
             store(total + offset, sum, lanes);
         }

@@ -70,9 +70,15 @@ constexpr int vectors_at_once(int nv, int rows) {
 constexpr int kMaxVectors = 4;
 constexpr int kRowsAtOnce = 48;  // whose sums, inputs and piece of the panel fit the L1 cache
 
-// Multiply-adds in one chain. A float32 sum of a thousand terms in a single chain loses three times
-// the bits that a blocked one does; and this much of a panel stays in the L1 cache for all rows.
-constexpr int64_t kChain = 128;
+// Multiply-adds in one chain, at most. A float32 sum of a thousand terms in a single chain loses
+// three times the bits that a blocked one does; and this much of a panel stays near for all rows.
+constexpr int64_t kChain = 192;
+// A sum is cut into chains of nearly the same length, a multiple of `unit`: a short one costs as
+// much around it as a long one.
+inline int64_t chain_length(int64_t terms, int64_t unit) {
+  const int64_t chains = max64(1, ceil_div(terms, kChain));
+  return max64(unit, ceil_div(ceil_div(terms, chains), unit) * unit);
+}
 
 // What the sums of some rows of one block start from: data[row * step][NV][kLanes], with step 0 the
 // same for every row, or null for zero. Not where the sums go: tiles compute some rows twice.
@@ -82,6 +88,21 @@ struct Start {
   int64_t step = 0;  // numbers between two rows
 
   Start rows_from(int64_t row) const { return {data ? data + row * step : nullptr, step}; }
+};
+
+// Where the sums of some rows will be added or written by the caller: rows of as many bytes as the
+// panel's vectors have, `step` bytes apart, or null. Asked for while those of the row are computed.
+struct Destination {
+  const char* data = nullptr;
+  int64_t step = 0;
+
+  template <int NV>
+  RNNLM_INLINE void prefetch_rows(int begin, int end) const {
+    if (!data) return;
+    for (int row = begin; row < end; ++row)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) __builtin_prefetch(data + row * step + v * kVectorBytes, 1);
+  }
 };
 
 // acc[MR][V of NV][kLanes] = start + the part of the sums over k < K. Of the weights that come
@@ -131,17 +152,19 @@ RNNLM_INLINE void chain_rows(int rows, const T* a, int64_t lda, int64_t K, const
 // Sums of `rows` rows of a with one panel. `next` is the panel that will be wanted after it.
 template <class T, int NV>
 void product(int rows, const T* a, int64_t lda, int64_t K, const T* panel, const T* next,
-             Start<T> start, T* acc) {
+             Start<T> start, T* acc, Destination destination) {
   constexpr int L = kLanes<T>;
   const int groups = int(ceil_div(rows, max_rows(NV)));  // of nearly equal size
-  for (int64_t k = 0; k == 0 || k < K; k += kChain) {
-    const T* ahead = k + kChain < K ? panel + (k + kChain) * NV * L : next;
+  const int64_t length = chain_length(K, 4);
+  for (int64_t k = 0; k == 0 || k < K; k += length) {
+    const T* ahead = k + length < K ? panel + (k + length) * NV * L : next;
     for (int g = 0; g < groups; ++g) {
       const int begin = rows * g / groups, end = rows * (g + 1) / groups;
       T* out = acc + begin * NV * L;
+      if (!k) destination.prefetch_rows<NV>(begin, end);
       const Start<T> from = k ? Start<T>{out, NV * L} : start.rows_from(begin);
-      chain_rows<T, NV>(end - begin, a + begin * lda + k, lda, min64(kChain, K - k),
-                        panel + k * NV * L, ahead + g * kChain * L, from, out);
+      chain_rows<T, NV>(end - begin, a + begin * lda + k, lda, min64(length, K - k),
+                        panel + k * NV * L, ahead + g * length * L, from, out);
     }
   }
 }
@@ -215,7 +238,7 @@ RNNLM_INLINE void pair_chain_rows(int rows, const bf16* a, int64_t lda, int64_t 
 // `product` for pairs.
 template <int NV>
 void pair_product(int rows, const bf16* a, int64_t lda, int64_t K, const bf16* panel,
-                  const bf16* next, Start<float> start, float* acc) {
+                  const bf16* next, Start<float> start, float* acc, Destination destination) {
   constexpr int L = kLanes<float>;
   const int groups = int(ceil_div(rows, max_rows(NV)));
   for (int64_t k = 0; k == 0 || k < K; k += kChain) {
@@ -223,6 +246,7 @@ void pair_product(int rows, const bf16* a, int64_t lda, int64_t K, const bf16* p
     for (int g = 0; g < groups; ++g) {
       const int begin = rows * g / groups, end = rows * (g + 1) / groups;
       float* out = acc + begin * NV * L;
+      if (!k) destination.prefetch_rows<NV>(begin, end);
       const Start<float> from = k ? Start<float>{out, NV * L} : start.rows_from(begin);
       pair_chain_rows<NV>(end - begin, a + begin * lda + k, lda, min64(kChain, K - k),
                           panel + k * NV * L, ahead + g * kChain * L, from, out);
@@ -489,32 +513,33 @@ struct Matrix {
   // acc [rows][vectors_of(block)][L] for up to kRowsAtOnce rows of a. `panel`: the packed block, or
   // null: w is read as it is. `next`: the panel that will be wanted after it.
   void multiply(Tiles& tiles, int64_t block, const X* panel, const X* next, int rows, const X* a,
-                int64_t lda, Start<T> start, T* acc) const {
+                int64_t lda, Start<T> start, T* acc, Destination destination = {}) const {
     if (!panel) return multiply_unpacked(block, rows, a, lda, start, acc);
     switch (vectors_of(block)) {
       case 1:
-        return multiply_packed<1>(tiles, panel, next, rows, a, lda, start, acc);
+        return multiply_packed<1>(tiles, panel, next, rows, a, lda, start, acc, destination);
       case 2:
-        return multiply_packed<2>(tiles, panel, next, rows, a, lda, start, acc);
+        return multiply_packed<2>(tiles, panel, next, rows, a, lda, start, acc, destination);
       case 3:
-        return multiply_packed<3>(tiles, panel, next, rows, a, lda, start, acc);
+        return multiply_packed<3>(tiles, panel, next, rows, a, lda, start, acc, destination);
       default:
-        return multiply_packed<4>(tiles, panel, next, rows, a, lda, start, acc);
+        return multiply_packed<4>(tiles, panel, next, rows, a, lda, start, acc, destination);
     }
   }
 
   template <int NV>
   void multiply_packed([[maybe_unused]] Tiles& tiles, const X* panel,
                        [[maybe_unused]] const X* next, int rows, const X* a, int64_t lda,
-                       Start<T> start, T* acc) const {
+                       Start<T> start, T* acc, [[maybe_unused]] Destination destination) const {
 #if defined(__AMX_BF16__)
     if constexpr (kPairs<S>)
       return tiled_product<NV>(tiles, rows, a, lda, packed_depth(), panel, start, acc);
 #elif defined(__AVX512BF16__)
     if constexpr (kPairs<S>)
-      return pair_product<NV>(rows, a, lda, packed_depth(), panel, next, start, acc);
+      return pair_product<NV>(rows, a, lda, packed_depth(), panel, next, start, acc, destination);
 #endif
-    if constexpr (!kPairs<S>) product<T, NV>(rows, a, lda, depth, panel, next, start, acc);
+    if constexpr (!kPairs<S>)
+      product<T, NV>(rows, a, lda, depth, panel, next, start, acc, destination);
   }
 
   // For so few rows in all that packing would cost more than it saves.
@@ -569,9 +594,10 @@ struct Matrix {
   // Multiples of the rows of w, in the order of `chain`.
   void add_columns(int64_t block, const X* x, T* out) const {
     const int count = vectors_of(block);
-    for (int64_t k0 = 0; k0 < depth; k0 += kChain) {
+    const int64_t length = chain_length(depth, 4);
+    for (int64_t k0 = 0; k0 < depth; k0 += length) {
       Vec<T> sums[kMaxVectors] = {};
-      for (int64_t k = k0; k < min64(k0 + kChain, depth); ++k) {
+      for (int64_t k = k0; k < min64(k0 + length, depth); ++k) {
         const Vec<T> xk = splat(to_arithmetic(x[k]));
         const S* row = w + k * ld + line(block, 0);
         for (int v = 0; v < count; ++v)
