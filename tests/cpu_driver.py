@@ -1,4 +1,4 @@
-"""The CPU kernels in a process of their own, on this CPU or on one that is emulated in part or whole.
+"""The CPU kernels in a process of their own, on this CPU or on an emulated one.
 
     kernels = Process(Program("arm64", ["generic"], folder), "generic")
     with kernels.in_use():

@@ -8,6 +8,7 @@ end with what may be touched (cpu_driver.py).
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,6 +58,13 @@ def test_two_directions_at_once_give_the_bits_of_in_turn(kernels, kind, sizes, c
     test_cpu_directions.check_bits_of_in_turn(kind, torch.bfloat16, sizes)
 
 
+def test_no_instruction_is_left_that_some_cpus_with_avx512_lack(process) -> None:
+    code = run("objdump", "-d", "--no-show-raw-insn", process.program.objects["recurrence", "amx"])
+    words = set(re.findall(r"^ +[0-9a-f]+:\t(\S+)", code, re.MULTILINE))
+    assert "vfmadd231ps" in words
+    assert not [word for word in words if re.match("tile|tdp|ldtile|sttile|.*bf16", word)]
+
+
 # --- the instructions -----------------------------------------------------------------------------
 
 Instructions = Callable[..., subprocess.CompletedProcess[bytes]]
@@ -84,47 +92,71 @@ def to_bytes(*tensors: Tensor) -> bytes:
     return b"".join(bytes(t.contiguous().view(torch.uint8).flatten().tolist()) for t in tensors)
 
 
-def documented(sums: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The product of tiles, in float64: [M, N], [M, 2K], [K, 2N] -> [M, N].
+def results(done: subprocess.CompletedProcess[bytes], dtype: torch.dtype = torch.float32) -> Tensor:
+    assert done.returncode == 0, done.stderr
+    return torch.frombuffer(bytearray(done.stdout), dtype=dtype)
 
-    There every sum is exact whose terms are of sizes as they are in this test."""
 
-    def flushed(values: Tensor) -> Tensor:
-        values = values.float().double()
-        return torch.where(values.abs() < 2.0**-126, 0.0, values)
+def rounded(values: Tensor) -> Tensor:
+    """To float32, as these instructions do: what is smaller than the smallest normal number is
+    zero. They treat operands likewise."""
+    values = values.float().double()
+    return torch.where(values.abs() < 2.0**-126, 0.0, values)
 
-    sums, a, b = flushed(sums), flushed(a), flushed(b)
+
+def tiles_product(sums: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """[M, N], [M, 2K], [K, 2N] -> [M, N] as documented, in float64, where a sum is exact whose
+    terms have such sizes as in this test, before it is rounded."""
+    sums, a, b = rounded(sums), rounded(a), rounded(b)
     first, second = torch.zeros_like(sums), torch.zeros_like(sums)
     for k in range(b.size(0)):
-        first = flushed(first + a[:, 2 * k, None] * b[k, 0::2])
-        second = flushed(second + a[:, 2 * k + 1, None] * b[k, 1::2])
-    return flushed(sums + flushed(first + second)).float()
+        first = rounded(first + a[:, 2 * k, None] * b[k, 0::2])
+        second = rounded(second + a[:, 2 * k + 1, None] * b[k, 1::2])
+    return rounded(sums + rounded(first + second)).float()
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.0**-63], ids=["normal", "near-the-smallest-number"])
-@pytest.mark.parametrize("shape", [(16, 16, 16), (1, 1, 1), (5, 16, 16), (7, 3, 11)])
-def test_a_product_of_tiles_is_as_documented(instructions, shape, scale: float) -> None:
-    rows, pairs, columns = shape
+def pairs_product(sums: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """[M, 16], [M, 32], [M, 32] -> [M, 16]"""
+    sums, products = rounded(sums), rounded(a) * rounded(b)
+    return rounded(rounded(sums + products[:, 1::2]) + products[:, 0::2]).float()
+
+
+@pytest.fixture(params=[1.0, 2.0**-63], ids=["normal", "near-the-smallest-number"])
+def random(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
+    """Numbers whose products, or which themselves, are near 1 or 2^-126."""
     generator = torch.Generator().manual_seed(0)
 
-    def random(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, dtype=torch.float64) * scale
+    def draw(*shape: int, product: bool = False) -> Tensor:
+        values = torch.randn(*shape, generator=generator, dtype=torch.float64) * request.param
+        return (values * request.param).float() if product else values.bfloat16()
 
-    cases = [
-        (
-            (random(rows, columns) * scale).float(),
-            random(rows, 2 * pairs).bfloat16(),
-            random(pairs, 2 * columns).bfloat16(),
-        )
-        for _ in range(40)
-    ]
-    cases[0][1][:] = 2.0**-127  # neither operand may be below the smallest number
+    return draw
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 16), (1, 1, 1), (5, 16, 16), (7, 3, 11)])
+def test_a_product_of_tiles_is_as_documented(instructions, random, shape) -> None:
+    M, K, N = shape
+    cases = [(random(M, N, product=True), random(M, 2 * K), random(K, 2 * N)) for _ in range(40)]
+    cases[0][1][:] = 2.0**-127
     cases[1][0][:] = 2.0**-127
-    done = instructions(b"".join(to_bytes(*case) for case in cases), "tiles", *shape)
-    assert done.returncode == 0, done.stderr
-    found = torch.frombuffer(bytearray(done.stdout), dtype=torch.float32)
-    expected = torch.stack([documented(*case) for case in cases])
+    found = results(instructions(b"".join(to_bytes(*case) for case in cases), "tiles", *shape))
+    expected = torch.stack([tiles_product(*case) for case in cases])
     assert torch.equal(found.view(expected.shape), expected)
+
+
+def test_a_product_of_pairs_is_as_documented(instructions, random) -> None:
+    operands = random(40, 16, product=True), random(40, 32), random(40, 32)
+    operands[1][0], operands[0][1] = 2.0**-127, 2.0**-127
+    cases = b"".join(to_bytes(*rows) for rows in zip(*operands, strict=True))
+    found = results(instructions(cases, "dot_pairs"))
+    assert torch.equal(found.view(40, 16), pairs_product(*operands))
+
+
+def test_rounding_to_bfloat16_is_as_documented(instructions, random) -> None:
+    values = random(40, 16, product=True)
+    values.view(torch.int32)[::2] &= -0x8000  # many of them halfway between two results
+    found = results(instructions(to_bytes(values), "to_bfloat16"), torch.bfloat16)
+    assert torch.equal(found.view(40, 16), rounded(values).bfloat16())
 
 
 # The instruction set that has them, and the bytes of their operands.
@@ -146,13 +178,11 @@ def test_software_gives_the_bits_of_the_cpu(instructions, instruction: str) -> N
     anything = torch.randint(-(2**31), 2**31, (500 * size // 4,), generator=generator).int()
     # Half of them with exponents so near to each other that sums round.
     anything[::2] = anything[::2] & ~0x78007800 | 0x38003800
-    results = []
-    for emulated in (True, False):
-        done = instructions(to_bytes(anything), *instruction.split(), emulated=emulated)
-        assert done.returncode == 0, done.stderr
-        dtype = torch.bfloat16 if instruction == "to_bfloat16" else torch.float32
-        results.append(torch.frombuffer(bytearray(done.stdout), dtype=dtype))
-    software, hardware = results
+    dtype = torch.bfloat16 if instruction == "to_bfloat16" else torch.float32
+    software, hardware = (
+        results(instructions(to_bytes(anything), *instruction.split(), emulated=emulated), dtype)
+        for emulated in (True, False)
+    )
     assert software.isfinite().any()
     assert torch.equal(software.nan_to_num(1.25), hardware.nan_to_num(1.25))
 

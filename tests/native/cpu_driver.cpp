@@ -223,7 +223,7 @@ cpu::Result run(cpu::Recurrence<Params> kernel, const std::vector<Problem>& prob
 }
 
 #if defined(RNNLM_EMULATED_AMX)
-// Of bfloat16 alone: what the set "amx" has of AVX-512 would take long to compile.
+// isa.cpp asks the CPU, which need not have them.
 cpu::Choice choose() {
   return {cpu::amx::kernels(), nullptr};
 }
@@ -280,6 +280,7 @@ void answer(const std::string& name) {
 }  // namespace
 
 #if defined(RNNLM_EMULATED_AMX)
+// Whatever is not bfloat16 "amx" leaves to these. They would take long to compile for nothing new.
 cpu::Kernels cpu::avx512::kernels() {
   return {};
 }
