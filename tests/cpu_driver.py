@@ -28,11 +28,14 @@ from typing import Any
 from unittest import mock
 
 import pybind11
+from recurrence_cases import ISAS
 
 from rnnlm_kernels.backends import cpu
+from rnnlm_kernels.build import build_info
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "csrc"
+DRIVER = ROOT / "tests" / "native"
 
 # Arguments of the functions of _C, in their order (csrc/python/cpu.cpp). "name:SHAPE" is a tensor,
 # "name!SHAPE" one that is written. Shapes are those of csrc/core/params.h, W vectors are saved.
@@ -63,13 +66,22 @@ ARM64_COMPILER = shutil.which("aarch64-linux-gnu-g++")
 ARM64_EMULATOR = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
 
 
+# What every CPU has on which emulated_amx.cpp can run, and what is compiled with it.
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")
+EMULATED_AMX = ("-include", DRIVER / "emulated_amx.h")
+
+
 def missing(target: str) -> str:
-    """What this machine lacks to build for a target, "native" or "arm64", and to run that."""
-    if target == "native":
-        found = {"a C++ compiler": os.environ.get("CXX") or shutil.which("c++")}
-    else:
+    """What this machine lacks to build for a target and to run that: "native", "arm64", or "amx",
+    this CPU with what "amx" adds to AVX-512 in software (native/emulated_amx.h)."""
+    if target == "arm64":
         found = {"aarch64-linux-gnu-g++": ARM64_COMPILER, "qemu-aarch64": ARM64_EMULATOR}
-    return ", ".join(name for name, path in found.items() if not path)
+    else:
+        found = {"C++ compiler": shutil.which(compiler())}
+    if target == "amx":
+        found["AVX-512"] = "avx512" in ISAS
+        found["compiler for AMX"] = "amx" in build_info().get("isas", ())
+    return ", ".join(name for name, there in found.items() if not there)
 
 
 def run(*command: object) -> str:
@@ -78,6 +90,11 @@ def run(*command: object) -> str:
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PATH": path})
     assert done.returncode == 0, f"{words}\n{done.stdout}{done.stderr}"
     return done.stdout
+
+
+def compiler() -> str:
+    """That of this machine."""
+    return os.environ.get("CXX") or "c++"
 
 
 class Program:
@@ -90,7 +107,7 @@ class Program:
     """
 
     def __init__(self, target: str, isas: Sequence[str], folder: Path) -> None:
-        self.compiler = ARM64_COMPILER if target == "arm64" else os.environ.get("CXX", "c++")
+        self.compiler = ARM64_COMPILER if target == "arm64" else compiler()
         definitions = {
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
@@ -100,8 +117,13 @@ class Program:
         }
         if target == "arm64":
             definitions |= {"CMAKE_SYSTEM_NAME": "Linux", "CMAKE_SYSTEM_PROCESSOR": "aarch64"}
-        else:  # what is compiled here only to test the driver need not be fast
+        else:  # what is compiled here only to be tested need not be fast
             definitions["CMAKE_CXX_FLAGS_RELEASE"] = "-O1"
+        if target == "amx":
+            definitions["CMAKE_CXX_FLAGS"] = '{} "{}"'.format(*EMULATED_AMX)
+            own = [*AVX512, *EMULATED_AMX, DRIVER / "emulated_amx.cpp"]
+        else:
+            own = [SOURCES / "cpu" / "isa.cpp"]
         settings = [f"-D{name}={value}" for name, value in definitions.items()]
         run("cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", *settings)
         run("cmake", "--build", folder, "--target", *(f"rnnlm_cpu_{isa}" for isa in isas))
@@ -115,8 +137,8 @@ class Program:
         run(
             *(self.compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-pthread", f"-I{SOURCES}"),
             *(f"-DRNNLM_HAVE_{isa.upper()}=1" for isa in isas),
-            *(SOURCES / "cpu" / "isa.cpp", SOURCES / "cpu" / "parallel.cpp"),
-            *(ROOT / "tests" / "native" / "cpu_driver.cpp", *self.objects.values()),
+            *(*own, SOURCES / "cpu" / "parallel.cpp", DRIVER / "cpu_driver.cpp"),
+            *self.objects.values(),
             *("-ldl", "-o", program),
         )
         self.command = [str(program)]

@@ -175,15 +175,19 @@ def test_any_number_of_threads_gives_the_bits_of_in_turn(kind, sizes, count) -> 
     assert names == [f"{cell}_forward"] * 4 + [f"{cell}_backward"] * 2
 
 
+def check_bits_of_in_turn(kind: str, dtype: torch.dtype, sizes: dict[str, Any]) -> None:
+    net, (x, batch_sizes) = model(kind, dtype), inputs(dtype, **sizes)
+    with in_turn():
+        expected = everything(net, x, batch_sizes)
+    assert_equal(everything(net, x, batch_sizes), expected)
+
+
 @pytest.mark.sanitize
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @every_dtype
 @every_kind
 def test_every_dtype_gives_the_bits_of_in_turn(kind, dtype, sizes) -> None:
-    net, (x, batch_sizes) = model(kind, dtype), inputs(dtype, **sizes)
-    with in_turn():
-        expected = everything(net, x, batch_sizes)
-    assert_equal(everything(net, x, batch_sizes), expected)
+    check_bits_of_in_turn(kind, dtype, sizes)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -331,8 +331,10 @@ def test_every_instruction_set_agrees_with_the_reference(isa: str) -> None:
 BFLOAT16_SIZES = (
     *((20, 1, 1), (20, 3, 1), (6, 64, 1), (2, 1, 7), (9, 17, 7), (5, 8, 33), (4, 64, 33)),
     *((3, 17, 100), (12, 1, 100), (3, 3, 130), (2, 8, 130), (2, 64, 130), (3, 17, 1024)),
-    *((1, 70, 33), (1, 5, 130), (1, 150, 100)),
+    *((1, 70, 33), (1, 5, 130), (1, 150, 100), (40, 1, 130), (1, 17, 1)),
+    *((2, B, 35) for B in (16, 33, 47, 48, 49)),
 )
+BFLOAT16_CHECKS = ("errors", "bits", "specials", "functions")
 
 
 def check_bfloat16_errors() -> None:
@@ -344,6 +346,8 @@ def check_bfloat16_errors() -> None:
             workload = Workload(cell, T, B, 11, H, dtype="bfloat16", mode="training")
             result = check.check_problem(workload, "cpu")
             assert result.ok, result.summary()
+        for B in (1, 17, 49, 70):  # x is read where it lies
+            assert_near_oracle(layer(cell, 3, B, 32, 34, scale=0.2), torch.bfloat16)
         for H in (7, 33, 130):
             lengths = (*[9] * 20, *[5] * 13, 2, 1)
             for reverse in (False, True):
@@ -360,8 +364,9 @@ def check_bfloat16_bits() -> None:
             problem = layer(cell, dtype=torch.bfloat16, scale=0.1, **size)
             torch.set_num_threads(1)
             expected = kernel_results(problem)
-            torch.set_num_threads(2)
-            assert_same_bits(kernel_results(problem), expected)
+            for count in (2, 3):
+                torch.set_num_threads(count)
+                assert_same_bits(kernel_results(problem), expected)
         # A row is the same whatever other rows share its tiles.
         torch.set_num_threads(1)
         some = layer(cell, 9, 37, H=70, dtype=torch.bfloat16, scale=0.1)
@@ -402,7 +407,7 @@ def check_bfloat16_functions() -> None:
     """
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
     zero = torch.zeros(4 * 1024, 1024).bfloat16()
-    x, w_ih, h0, c0 = zero[:1, None, :1], zero[:, :1].contiguous(), zero[:1], zero[:1] + 1
+    x, w_ih, h0, c0 = zero[:1, None, :1] + 0, zero[:, :1] + 0, zero[:1] + 0, zero[:1] + 1
     output, h_n, c_n = (torch.empty(1, 1, 1024).bfloat16() for _ in range(3))
     cells = torch.empty(1, 1, 1024)
     half, opened, closed = (torch.full((1024,), v).bfloat16() for v in (0.0, 100.0, -100.0))
@@ -423,7 +428,7 @@ def check_bfloat16_functions() -> None:
 
 
 @pytest.mark.parametrize("isa", ["avx512bf16", "amx"])
-@pytest.mark.parametrize("property_", ["errors", "bits", "specials", "functions"])
+@pytest.mark.parametrize("property_", BFLOAT16_CHECKS)
 def test_bfloat16_in_hardware(isa: str, property_: str) -> None:
     if isa not in ISAS:
         pytest.skip(f"this CPU or build has no {isa}")

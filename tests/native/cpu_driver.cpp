@@ -11,7 +11,7 @@
 // A list begins with its length, in 64 bits, and so do a name and the bytes of a buffer.
 //
 // Each buffer ends where a page begins that nobody may touch: a kernel that reads or writes past a
-// tensor ends this process.
+// tensor ends this process. A kernel finds NaN wherever it has not written in its workspace.
 
 #include <dlfcn.h>
 #include <sys/mman.h>
@@ -20,6 +20,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <string>
@@ -221,6 +222,24 @@ cpu::Result run(cpu::Recurrence<Params> kernel, const std::vector<Problem>& prob
   return kernel(params.data(), int(params.size()));
 }
 
+#if defined(RNNLM_EMULATED_AMX)
+// isa.cpp asks the CPU, which need not have them.
+cpu::Choice choose() {
+  return {cpu::amx::kernels(), nullptr};
+}
+void check_tiles() {
+  if (emulated::threads_with_tiles()) give_up("a thread has not released its tiles");
+}
+#else
+using cpu::choose;
+void check_tiles() {}
+#endif
+
+void spoil_workspace() {
+  constexpr size_t kBytes = size_t(4) << 20;
+  if (void* memory = cpu::workspace(kBytes)) std::memset(memory, 0xff, kBytes);
+}
+
 cpu::Result run(const cpu::Kernels& kernels, const std::string& name,
                 const std::vector<Problem>& problems) {
   if (name == "info") return cpu::Result::ok;
@@ -246,10 +265,12 @@ void answer(const std::string& name) {
   std::vector<Problem> problems;
   for (int64_t n = read<int64_t>(); n > 0; --n) problems.emplace_back(buffers);
 
-  const cpu::Choice& choice = cpu::choose();
+  spoil_workspace();
+  const cpu::Choice& choice = choose();
   std::string error = choice.error ? choice.error : "";
   if (error.empty() && run(choice.kernels, name, problems) != cpu::Result::ok)
     error = "out of memory";
+  check_tiles();
   write_text(error);
   write_text(choice.kernels.isa + std::string(" ") + cpu::parallel_runtime());
   for (const auto& buffer : buffers) write(buffer->data(), buffer->bytes());
@@ -257,6 +278,14 @@ void answer(const std::string& name) {
 }
 
 }  // namespace
+
+#if defined(RNNLM_EMULATED_AMX)
+// Whatever is not bfloat16 "amx" leaves to these. They would take long to compile for nothing new.
+cpu::Kernels cpu::avx512::kernels() {
+  return {};
+}
+#endif
+
 }  // namespace rnnlm
 
 int main(int count, char** arguments) {
