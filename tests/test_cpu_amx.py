@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import test_cpu_directions
 import test_cpu_kernels
+import test_cpu_linear
 import torch
 from cpu_driver import AVX512, DRIVER, EMULATED_AMX, Process, Program, compiler, missing, run
 from recurrence_cases import ISAS
@@ -48,6 +49,11 @@ def kernels(process: Process) -> Iterator[None]:
 @pytest.mark.parametrize("property_", test_cpu_kernels.BFLOAT16_CHECKS)
 def test_bfloat16(kernels, property_: str) -> None:
     getattr(test_cpu_kernels, f"check_bfloat16_{property_}")()
+
+
+def test_gradients_and_heads_are_near_the_oracle(kernels) -> None:
+    test_cpu_linear.check_gradients([torch.bfloat16])
+    test_cpu_linear.check_head([torch.bfloat16])
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -16,6 +16,7 @@ from unittest import mock
 
 import pytest
 import test_cpu_kernels
+import test_cpu_linear
 import test_cpu_math
 import torch
 from cpu_driver import ROOT, Process, Program, missing, run
@@ -122,6 +123,12 @@ def test_small_sizes_and_options_are_near_the_oracle(process, cell: str, dtype: 
 @every_dtype
 def test_a_projected_state_is_near_the_oracle(process, dtype: str, size) -> None:
     assert_near_oracle(layer("lstm", H=35, proj=18, **size), DTYPES[dtype])
+
+
+@every_dtype
+def test_gradients_and_heads_are_near_the_oracle(process, dtype: str) -> None:
+    test_cpu_linear.check_gradients([DTYPES[dtype]])
+    test_cpu_linear.check_head([DTYPES[dtype]])
 
 
 @pytest.mark.parametrize("lengths", ["dense", "packed"])

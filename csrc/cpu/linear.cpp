@@ -398,10 +398,10 @@ class LayerGradientsTask {
 
 #if defined(__AVX512BF16__)
 Result linear(const Linear* problems, int count) {
-  return dispatch<LinearTask>(problems, count, avx512::linear);
+  return dispatch<LinearTask>(problems, count, avx512::kernels().linear);
 }
 Result layer_gradients(const LayerGradients* problems, int count) {
-  return dispatch<LayerGradientsTask>(problems, count, avx512::layer_gradients);
+  return dispatch<LayerGradientsTask>(problems, count, avx512::kernels().layer_gradients);
 }
 #else
 Result linear(const Linear* problems, int count) {

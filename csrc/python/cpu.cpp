@@ -236,7 +236,6 @@ py::dict info() {
   py::dict info;
   info["isa"] = choice.kernels.isa;
   info["threads_from"] = cpu::parallel_runtime();
-  info["products_pay"] = choice.products_pay;
   return info;
 }
 
@@ -245,8 +244,11 @@ py::dict info() {
 void bind_cpu(py::module_& m) {
   m.def("cpu_info", &info,
         "What the CPU kernels use: isa (RNNLM_CPU_ISA overrides), threads_from (runtime whose "
-        "threads they run on), gradients_pay (cpu_layer_gradients is faster than torch's "
-        "GEMMs).\n\nRaises ValueError when RNNLM_CPU_ISA names what is not there.");
+        "threads they run on).\n\nRaises ValueError when RNNLM_CPU_ISA names what is not there.");
+  m.def(
+      "cpu_products_pay", [] { return cpu::choose().products_pay; },
+      "Whether cpu_linear and cpu_layer_gradients are faster than the products of torch's "
+      "libraries, by what was measured on CPUs like this one.");
   bind(m, "cpu_lstm_forward", &cpu::Kernels::lstm_forward, &lstm_forward);
   bind(m, "cpu_lstm_backward", &cpu::Kernels::lstm_backward, &lstm_backward);
   bind(m, "cpu_gru_forward", &cpu::Kernels::gru_forward, &gru_forward);

@@ -241,20 +241,19 @@ def gru_backward(
     )
 
 
-@functools.cache
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether :func:`linear` and the gradients below are faster than PyTorch's products.
 
     That was measured to be so on AMD's CPUs, and is so where oneDNN has no product for a 16-bit
     dtype.
     """
-    if native.cpu_info()["products_pay"]:
-        return True
+    return bool(native.cpu_products_pay()) or not _onednn_multiplies(dtype)
+
+
+@functools.cache
+def _onednn_multiplies(dtype: torch.dtype) -> bool:
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
-    if name is None:
-        return False
-    supported: Callable[[], bool] = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")
-    return not supported()
+    return name is None or bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
 
 
 def linear(x: Tensor, w: Tensor, out: Tensor) -> None:

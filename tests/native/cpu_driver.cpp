@@ -195,6 +195,45 @@ void describe(const Problem& from, GruBackward& p) {
   p.dh0 = from.tensor("dh0");
 }
 
+void describe(const Problem& from, Linear& p) {
+  p.dtype = from.dtype();
+  p.threads = int(from.number("threads"));
+  p.rows = from.number("N");
+  p.input = from.number("I");
+  p.units = from.number("V");
+  p.x = from.tensor("x");
+  p.w = from.tensor("w");
+  p.out = from.tensor("out");
+}
+
+void describe(const Problem& from, LayerGradients& p) {
+  p.dtype = from.dtype();
+  p.threads = int(from.number("threads"));
+  p.seq = from.sequence();
+  p.rows = from.number("N");
+  p.gates = from.number("G");
+  p.hidden = from.number("H");
+  p.proj = from.number("P");
+  p.input = from.number("I");
+  p.reset_before = from.number("reset_before") != 0;
+  p.scale = from.real("scale");
+  p.accumulates = from.number("accumulates") != 0;
+  p.dgates = from.tensor("dgates");
+  p.candidate = from.tensor("candidate");
+  p.dproj = from.tensor("dproj");
+  p.unprojected = from.tensor("unprojected");
+  p.x = from.tensor("x");
+  p.h0 = from.tensor("h0");
+  p.output = from.tensor("output");
+  p.w_ih = from.tensor("w_ih");
+  p.dx = from.tensor("dx");
+  p.dw_ih = from.tensor("dw_ih");
+  p.dw_hh = from.tensor("dw_hh");
+  p.dw_hr = from.tensor("dw_hr");
+  p.db_ih = from.tensor("db_ih");
+  p.db_hh = from.tensor("db_hh");
+}
+
 CrossEntropy cross_entropy(const Problem& from) {
   CrossEntropy p{};
   p.dtype = from.dtype();
@@ -216,7 +255,7 @@ CrossEntropy cross_entropy(const Problem& from) {
 }
 
 template <class Params>
-cpu::Result run(cpu::Recurrence<Params> kernel, const std::vector<Problem>& problems) {
+cpu::Result run(cpu::LayerKernel<Params> kernel, const std::vector<Problem>& problems) {
   std::vector<Params> params(problems.size());
   for (size_t i = 0; i < problems.size(); ++i) describe(problems[i], params[i]);
   return kernel(params.data(), int(params.size()));
@@ -247,6 +286,8 @@ cpu::Result run(const cpu::Kernels& kernels, const std::string& name,
   if (name == "lstm_backward") return run(kernels.lstm_backward, problems);
   if (name == "gru_forward") return run(kernels.gru_forward, problems);
   if (name == "gru_backward") return run(kernels.gru_backward, problems);
+  if (name == "linear") return run(kernels.linear, problems);
+  if (name == "layer_gradients") return run(kernels.layer_gradients, problems);
   const Problem& problem = problems.at(0);
   if (name == "cross_entropy") return kernels.cross_entropy(cross_entropy(problem));
   if (name != "elementwise") give_up("no such kernel");
