@@ -336,10 +336,12 @@ def test_what_pays_is_asked_of_the_cpu_and_of_onednn() -> None:
     supported: Callable[[str], Any] = lambda name: getattr(  # noqa: E731
         torch.ops.mkldnn, f"_is_mkldnn_{name}_supported"
     )()
+    much = 10**9
     for pays in (True, False):
         with mock.patch.object(cpu, "native") as native:
             native.cpu_products_pay.return_value = pays
-            assert cpu.multiplies(torch.float32) == pays
-            assert cpu.multiplies(torch.float64) == pays
-            assert cpu.multiplies(torch.bfloat16) == (pays or not supported("bf16"))
-            assert cpu.multiplies(torch.float16) == (pays or not supported("fp16"))
+            assert cpu.multiplies(torch.float32, much) == pays
+            assert cpu.multiplies(torch.float64, much) == pays
+            assert cpu.multiplies(torch.bfloat16, much) == (pays or not supported("bf16"))
+            assert cpu.multiplies(torch.float16, much) == (pays or not supported("fp16"))
+            assert cpu.multiplies(torch.float32, 1000)

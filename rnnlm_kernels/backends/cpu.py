@@ -241,19 +241,28 @@ def gru_backward(
     )
 
 
-def multiplies(dtype: torch.dtype) -> bool:
+# Multiply-adds that a call of a library's GEMM costs by itself, several times over: so little work
+# is best done in one call of our own.
+_LITTLE_WORK = 2_000_000
+
+
+def multiplies(dtype: torch.dtype, work: int) -> bool:
     """Whether :func:`linear` and the gradients below are faster than PyTorch's products.
 
-    That was measured to be so on AMD's CPUs, and is so where oneDNN has no product for a 16-bit
-    dtype.
+    ``work``: multiply-adds. That was measured to be so on AMD's CPUs, and is so where oneDNN has no
+    product for a 16-bit dtype.
     """
-    return bool(native.cpu_products_pay()) or not _onednn_multiplies(dtype)
+    pays = work <= _LITTLE_WORK or native.cpu_products_pay()
+    return bool(pays or not _onednn_multiplies(dtype))
 
 
 @functools.cache
 def _onednn_multiplies(dtype: torch.dtype) -> bool:
+    """Whether PyTorch's products of a dtype are not its own, slow ones, as far as that is known."""
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
-    return name is None or bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
+    # Without oneDNN (on a Mac) the question does not exist.
+    supported = name and getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
+    return bool(supported()) if supported else True
 
 
 def linear(x: Tensor, w: Tensor, out: Tensor) -> None:

@@ -184,7 +184,7 @@ def _backward(
                 *([] if db is None else [db]),
             ),
         )
-    if h0.numel() and multiplies(module, x):
+    if h0.numel() and multiplies(module, dgates, w_ih):
         dx, dw_ih, dw_hh, db_ih, db_hh, _ = layer_gradients(
             *(module, options, x, h0, (w_ih, w_hh, None), batch_sizes, output),
             *(dgates, candidate, None, None),

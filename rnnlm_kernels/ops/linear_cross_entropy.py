@@ -187,9 +187,11 @@ class _TorchProducts:
             dw.addmm_(grad.t(), x, beta=1 if accumulates else 0, alpha=scale)
 
 
-def _choose_products(input: Tensor) -> Any:
-    """Whose products are the faster ones; see :func:`rnnlm_kernels.backends.cpu.linear`."""
-    own = input.is_cpu and backends.cpu.available()[0] and backends.cpu.multiplies(input.dtype)
+def _choose_products(input: Tensor, classes: int) -> Any:
+    """Whose products are the faster ones; see :func:`rnnlm_kernels.backends.cpu.multiplies`."""
+    if not (input.is_cpu and backends.cpu.available()[0]):
+        return _TorchProducts
+    own = backends.cpu.multiplies(input.dtype, input.numel() * classes)
     return backends.cpu if own else _TorchProducts
 
 
@@ -221,7 +223,8 @@ def _run(
     rows, width = input.shape
     classes = len(linear_weight)
     dtype, sums = input.dtype, arithmetic(input.dtype)
-    run_pass, products = _choose_pass(dtype, input.device, backend), _choose_products(input)
+    run_pass = _choose_pass(dtype, input.device, backend)
+    products = _choose_products(input, classes)
     need_input, need_weight, need_bias = needs
     gradient = any(needs)
     alpha = 1.0 if scale is None else scale

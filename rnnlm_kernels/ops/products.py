@@ -40,9 +40,10 @@ def with_input_gates(
     return (x, w_ih, b_ih, gates_x, *contiguous(*others))
 
 
-def multiplies(module: ModuleType, x: Tensor) -> bool:
+def multiplies(module: ModuleType, dgates: Tensor, w_ih: Tensor) -> bool:
     """Whether a backend's own kernels do what is left of backward after the recurrence."""
-    return hasattr(module, "multiplies") and module.multiplies(x.dtype)
+    work = 2 * dgates.numel() * w_ih.shape[1]
+    return hasattr(module, "multiplies") and module.multiplies(dgates.dtype, work)
 
 
 def layer_gradients(
