@@ -1,6 +1,6 @@
 """Print the README's tables from result files: geometric means of torch's time over ours.
 
-python benchmarks/readme_table.py benchmarks/results/<machine>/full.json
+python benchmarks/readme_table.py benchmarks/results/<machine>/full.json [<another machine's> ..]
 python benchmarks/readme_table.py benchmarks/results/gpu-<name>/gpu.json
 python benchmarks/readme_table.py        the table for GPUs as long as none has been measured
 """
@@ -8,6 +8,7 @@ python benchmarks/readme_table.py        the table for GPUs as long as none has 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -43,31 +44,43 @@ def ratios_of(results: dict) -> dict:
     return {(g["cell"], g["kind"], g["dtype"], g["mode"]): g["ratio"] for g in results["geomeans"]}
 
 
-def rows_of(rows: dict, ratios: dict, missing: str) -> list[str]:
+def rows_of(rows: dict, machines: list[dict], missing: str) -> list[str]:
     lines = []
     for name, group in rows.items():
-        found = [ratios.get((*group, mode)) for mode in ("inference", "training")]
+        found = [of.get((*group, mode)) for of in machines for mode in ("inference", "training")]
         cells = [missing if ratio is None else ratio_text(ratio) for ratio in found]
-        lines.append(f"| {name} | {cells[0]} | {cells[1]} |")
+        lines.append(f"| {' | '.join([name, *cells])} |")
     return lines
 
 
-def table(results: dict) -> str:
-    head = ["| times faster than torch.nn | inference | training |", "|---|---:|---:|"]
-    return "\n".join([*head, *rows_of(ROWS, ratios_of(results), "")])
+def machine_of(results: dict) -> str:
+    """ "Intel Xeon", "AMD EPYC": as much of a CPU's name as matters."""
+    name = re.sub(r"\((R|TM)\)|CPU.*|Processor.*|\d+-Core.*", "", results["machine"]["cpu"])
+    return " ".join(name.split())
+
+
+def table(machines: list[dict]) -> str:
+    """Of the results of one or more CPUs."""
+    names = [f"{machine_of(m)}, {mode}" for m in machines for mode in ("inference", "training")]
+    if len(machines) == 1:
+        names = ["inference", "training"]
+    head = [f"| times faster than torch.nn | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
+    return "\n".join([*head, *rows_of(ROWS, [ratios_of(m) for m in machines], "")])
 
 
 def gpu_table(results: dict | None) -> str:
     """Of a result of the grid for GPUs; None: nobody has measured one."""
     head = ["| times faster than torch.nn on a GPU | inference | training |", "|---|---:|---:|"]
     ratios = {} if results is None else ratios_of(results)
-    return "\n".join([*head, *rows_of(GPU_ROWS, ratios, UNMEASURED)])
+    return "\n".join([*head, *rows_of(GPU_ROWS, [ratios], UNMEASURED)])
 
 
 def main(arguments: list[str]) -> None:
-    results = json.loads(Path(arguments[0]).read_text("utf-8")) if arguments else None
-    is_gpu = results is None or results["grid"] == "gpu"
-    print(gpu_table(results) if is_gpu else table(results))
+    results = [json.loads(Path(argument).read_text("utf-8")) for argument in arguments]
+    if results and results[0]["grid"] != "gpu":
+        print(table(results))
+    else:
+        print(gpu_table(results[0] if results else None))
 
 
 if __name__ == "__main__":

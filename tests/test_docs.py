@@ -80,16 +80,18 @@ def test_readme_table_is_the_committed_result() -> None:
     """No figure in the README but what a result file holds."""
     readme = (ROOT / "README.md").read_text("utf-8")
     script = runpy.run_path(str(ROOT / "benchmarks" / "readme_table.py"))
-    shown = set(
-        re.findall(r"\]\((benchmarks/results/[^)]+/(?:default|full))\.(?:png|md)\)", readme)
-    )
-    results = {name.split("/")[-1]: ROOT / f"{name}.json" for name in shown}
-    assert results.keys() == {"default", "full"}
-    for file in results.values():
-        result = json.loads(file.read_text("utf-8"))
+    pattern = r"\]\((benchmarks/results/[^)]+/)(default|full)\.(?:png|md)\)"
+    shown = dict.fromkeys(re.findall(pattern, readme))  # in the order of the README
+    results = {
+        (folder, name): json.loads((ROOT / folder / f"{name}.json").read_text("utf-8"))
+        for folder, name in shown
+    }
+    assert {name for _, name in results} == {"default", "full"}
+    for result in results.values():
         assert result["complete"]
         assert not result["commit"]["modified"]
-    assert script["table"](json.loads(results["full"].read_text("utf-8"))) in readme
+    full = [result for (_, name), result in results.items() if name == "full"]
+    assert script["table"](full) in readme
 
 
 def test_readme_claims_of_a_gpu_only_what_was_measured_on_one() -> None:
