@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from math import exp, tanh
@@ -248,14 +249,16 @@ def test_a_packed_row_is_that_row_alone(cell: str, reverse: bool) -> None:
 
 @every_cell
 def test_reverse_is_flip_forward_flip(cell: str) -> None:
+    """To rounding: a GEMM may sum up a row of x in another order at another place."""
+    close = functools.partial(torch.testing.assert_close, rtol=1e-14, atol=1e-14)
     forward = layer(cell, T=6)
     backward = layer(cell, T=6, reverse=True)
     flipped = backward.having(x=backward.get("x").flip(0)).refer()
     expected = forward.refer()
-    assert torch.equal(flipped[0].flip(0), expected[0])
-    assert torch.equal(flipped[1], expected[1])
+    close(flipped[0].flip(0), expected[0])
+    close(flipped[1], expected[1])
     if cell == "lstm":
-        assert torch.equal(flipped[3].flip(0), expected[3])
+        close(flipped[3].flip(0), expected[3])
 
 
 # --- derivatives and dtypes ---------------------------------------------------------------------
