@@ -113,13 +113,15 @@ class LstmForwardTask {
             update_h(steps.start(t) + row, row, unit, lanes, load(sums), row >= ending, h_out);
           });
       place.meet_rows();
-      if (!p_.proj) continue;
-      for_each_output(project_, place, rows, s & 1, unprojected_, c_ld_,
-                      [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
-                        emit_h(steps.start(t) + row, row, unit, lanes, load(sums), row >= ending,
-                               h_out);
-                      });
-      place.meet_rows();
+      if (p_.proj) {
+        for_each_output(project_, place, rows, s & 1, unprojected_, c_ld_,
+                        [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
+                          emit_h(steps.start(t) + row, row, unit, lanes, load(sums), row >= ending,
+                                 h_out);
+                        });
+        place.meet_rows();
+      }
+      place.publish(s + 1);
     }
   }
 
@@ -425,6 +427,7 @@ class GruForwardTask {
                         });
       }
       place.meet_rows();
+      place.publish(s + 1);
     }
   }
 
