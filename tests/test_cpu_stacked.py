@@ -243,7 +243,15 @@ def test_cells_of_the_last_layer(dtype: torch.dtype, memory: str) -> None:
 class Stack:
     """The calls of a stack of layers of these sizes, ready to be made again and again."""
 
-    def __init__(self, cell: str, sizes: Sequence[int], T: int, B: int, **options: Any) -> None:
+    def __init__(
+        self,
+        cell: str,
+        sizes: Sequence[int],
+        T: int,
+        B: int,
+        proj: int = 0,
+        reset: str = "after",
+    ) -> None:
         generator = torch.Generator().manual_seed(2)
 
         def random(*shape: int) -> Tensor:
@@ -253,17 +261,21 @@ class Stack:
         gates, calls = (4 if cell == "lstm" else 3), []
         self.results: list[Tensor] = []
         x = random(T, B, sizes[0])
-        for features, hidden in zip(sizes, sizes[1:], strict=False):
-            h0s = [random(B, hidden) for _ in range(2 if cell == "lstm" else 1)]
-            weights = random(gates * hidden, features), random(gates * hidden, hidden)
-            biases = random(gates * hidden), random(gates * hidden)
+        for hidden in sizes[1:]:
+            width = proj or hidden
+            weights = random(gates * hidden, x.shape[2]), random(gates * hidden, width)
+            given = (*weights, random(gates * hidden), random(gates * hidden))
             if cell == "lstm":
-                given = (None, None, False, False, False, "cpu")
-                layer: Any = lstm_layer.forward
+                w_hr = random(proj, hidden) if proj else None
+                found: Any = lstm_layer.forward(
+                    *(x, random(B, width), random(B, hidden), *given, w_hr, None),
+                    *(False, False, False, "cpu"),
+                    later=calls,
+                )
             else:
-                given = (None, options.get("reset", "after"), False, False, "cpu")
-                layer = gru_layer.forward
-            found = layer(x, *h0s, *weights, *biases, *given, later=calls)
+                found = gru_layer.forward(
+                    *(x, random(B, hidden), *given, None, reset, False, False, "cpu"), later=calls
+                )
             self.results += [t for t in found if t is not None]
             x = found[0]
         self.calls = [arguments for _, _, arguments in calls]
@@ -298,19 +310,27 @@ def test_layers_of_different_sizes(cell: str, sizes: tuple[int, ...], count: int
         assert_equal(stack.run(together=True), stack.run(together=False))
 
 
+# Each layer is faster than the one before, so that it waits all the time.
+RACES: dict[str, dict[str, Any]] = {
+    "one thread a layer": {"sizes": (40, 70, 55, 40, 30), "T": 100, "B": 1},
+    "threads that split rows": {"sizes": (40, 60, 40), "T": 130, "B": 12},
+    "threads that split units": {"sizes": (130, 170, 130), "T": 130, "B": 1},
+}
+
+
 @pytest.mark.parametrize("count", [2, 3, 4])
 @pytest.mark.parametrize(
     ("cell", "options"),
-    [("lstm", {}), ("gru", {}), ("gru", {"reset": "before"})],
-    ids=["lstm", "gru", "gru-before"],
+    [("lstm", {}), ("lstm", {"proj": 130}), ("gru", {}), ("gru", {"reset": "before"})],
+    ids=["lstm", "lstm-projected", "gru", "gru-before"],
 )
-@pytest.mark.parametrize(("T", "B"), [(100, 1), (40, 3)], ids=["one-row", "rows"])
-def test_no_layer_reads_what_is_not_written(cell, options, T, B, count) -> None:
+@pytest.mark.parametrize("sizes", RACES.values(), ids=RACES)
+def test_no_layer_reads_what_is_not_written(cell, options, sizes, count) -> None:
     """Again and again, since who is late differs from run to run."""
     torch.set_num_threads(count)
-    stack = Stack(cell, (40,) * 5, T, B, **options)
+    stack = Stack(cell, **sizes, **options)
     expected = stack.run(together=False)
-    for _ in range(150):
+    for _ in range(100):
         assert_equal(stack.run(together=True), expected)
 
 
