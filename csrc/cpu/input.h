@@ -57,7 +57,7 @@ class Input {
       return rows.end - rows.begin;
     };
     const bool ahead = goes_ahead(steps, place.split);
-    const int64_t most = place.leader.count ? kStepsBehind : Chunk<S>::kMaxSteps;
+    const int64_t most = min64(place.steps_at_once, Chunk<S>::kMaxSteps);
     chunk.begin = iteration;
     chunk.end = iteration + 1;
     chunk.rows = rows_at(steps.forward_step(iteration));

@@ -34,7 +34,7 @@ struct Demand {
 // A whole one has room in its caches for twice the weights.
 bool side_by_side(int threads, const Demand& first, const Demand& second);
 
-// Steps that a layer of a stack stays behind the one whose output it reads. It projects its input
+// Steps that a layer of a stack stays behind the one whose output it reads. All project their input
 // for so many at once: fewer would have W_ih read more often, more would have it start later.
 constexpr int64_t kStepsBehind = 8;
 

@@ -150,6 +150,7 @@ struct Place {
   Barrier* rows_barrier;
   Progress* progress;
   Leader leader;
+  int64_t steps_at_once;  // that the input is projected for, at most
   Tiles* tiles;
 
   bool idle() const { return thread >= split.threads(); }
@@ -208,7 +209,7 @@ struct Prepared {
     task.steps.fill();
   }
   // What the thread with this number among `threads` does.
-  void run(int thread, int threads, Leader leader) {
+  void run(int thread, int threads, Leader leader, int64_t steps_at_once) {
     Place place;
     place.thread = thread;
     place.threads = threads;
@@ -221,6 +222,7 @@ struct Prepared {
     place.rows_barrier = barriers + 1 + place.row_group;
     place.progress = progress + place.row_group;
     place.leader = leader;
+    place.steps_at_once = steps_at_once;
     Tiles tiles;
     place.tiles = &tiles;
     task.run(place);
@@ -254,14 +256,15 @@ struct Together {
     Crew crew[kMaxCrews];
     ask(asked);
     divide(came, asked, crews, crew);
+    const bool stacked = count > 1 && problems[1].follower;
+    const int64_t steps_at_once = stacked ? kStepsBehind : INT64_MAX;
     for (int i = 0; i < count; ++i) {
       const Crew own = crew[i % crews];
       const int member = thread - own.begin;
       if (member < 0 || member >= own.size) continue;
       Leader leader;
-      if (i > 0 && problems[i].follower)
-        leader = problems[i - 1].as_leader(crew[(i - 1) % crews].size);
-      problems[i].run(member, own.size, leader);
+      if (stacked && i > 0) leader = problems[i - 1].as_leader(crew[(i - 1) % crews].size);
+      problems[i].run(member, own.size, leader, steps_at_once);
     }
   }
   void start() {
