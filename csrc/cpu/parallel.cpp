@@ -176,8 +176,9 @@ int layers_at_once(int threads, int layers, int64_t steps, const Demand& most) {
     const int64_t lag = (crews - 1) * kStepsBehind;
     // Threads that a layer has no use for cost nothing. Where it has, but can do with fewer, it is
     // slower by itself: then nobody may be idle for long.
-    if (most.threads <= crew ? steps >= 2 * lag
-                             : most.caches <= crew && layers % crews == 0 && steps >= 16 * lag)
+    if (most.threads <= crew
+            ? steps >= 8 * lag
+            : most.caches_with_input <= crew && layers % crews == 0 && steps >= 32 * lag)
       return crews;
   }
   return 1;

@@ -23,9 +23,10 @@ constexpr int64_t kThreadWork = 100'000;
 
 // What a problem asks of a team by itself.
 struct Demand {
-  int threads;     // that it has a use for
-  int64_t caches;  // of cores, that its weights fill (to the nearest)
-  int64_t work;    // multiply-adds
+  int threads;                         // that it has a use for
+  int64_t caches;                      // of cores, that its weights fill (to the nearest)
+  int64_t work;                        // multiply-adds
+  int64_t caches_with_input = caches;  // the same with the weights of the input
 };
 
 // Whether a team of `threads` should run two problems, which need not wait for each other, side by
@@ -40,7 +41,7 @@ constexpr int64_t kStepsBehind = 8;
 
 // How many layers of a stack a team of `threads` should run at a time, with an equal part of the
 // team for each. Of what the layers demand, `most` has the most threads and caches and the least
-// work.
+// work. W_ih counts, for they read it every few steps.
 int layers_at_once(int threads, int layers, int64_t steps, const Demand& most);
 
 // Some threads of a team, the neighbours begin .. begin + size.

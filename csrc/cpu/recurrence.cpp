@@ -74,7 +74,7 @@ class LstmForwardTask {
     const int64_t input = 4 * p_.hidden * p_.projection.input;
     const int64_t recurrent = 4 * p_.hidden * width_ + p_.proj * p_.hidden;
     return choose_split(p_.threads, p_.seq.steps, p_.seq.batch, input + recurrent,
-                        recurrent * int64_t(sizeof(X)));
+                        recurrent * int64_t(sizeof(X)), input * int64_t(sizeof(X)));
   }
 
   void run(const Place& place) {
@@ -368,7 +368,7 @@ class GruForwardTask {
     const int64_t input = 3 * p_.hidden * p_.projection.input;
     const int64_t recurrent = 3 * p_.hidden * p_.hidden;
     return choose_split(p_.threads, p_.seq.steps, p_.seq.batch, input + recurrent,
-                        recurrent * int64_t(sizeof(X)));
+                        recurrent * int64_t(sizeof(X)), input * int64_t(sizeof(X)));
   }
 
   void run(const Place& place) {

@@ -87,9 +87,10 @@ struct Split {
 constexpr int64_t kStepWork = 20'000;          // multiply-adds a step that make a barrier worth it
 constexpr int64_t kCachedWeights = 1'000'000;  // bytes of weights that a core keeps at hand
 
-// `weights`: multiply-adds per row and step; `weight_bytes`: what a thread reads again every step.
+// `weights`: multiply-adds per row and step; `weight_bytes`: what a thread reads again every step;
+// `input_bytes`: and every few steps.
 inline Split choose_split(int threads, int64_t steps, int64_t batch, int64_t weights,
-                          int64_t weight_bytes) {
+                          int64_t weight_bytes, int64_t input_bytes = 0) {
   const int64_t work = steps * batch * weights;
   threads = int(max64(1, min64(threads, work / kThreadWork)));
   Split split;
@@ -99,8 +100,10 @@ inline Split choose_split(int threads, int64_t steps, int64_t batch, int64_t wei
   split.row_groups = int(max64(1, min64(threads / units, batch)));
   split.unit_groups = threads / split.row_groups;
   if (batch * weights / split.threads() < kStepWork) split.unit_groups = 1;
-  const int64_t caches = max64(1, (weight_bytes + kCachedWeights / 2) / kCachedWeights);
-  split.demand = {split.threads(), caches, work};
+  const auto caches = [](int64_t bytes) {
+    return max64(1, (bytes + kCachedWeights / 2) / kCachedWeights);
+  };
+  split.demand = {split.threads(), caches(weight_bytes), work, caches(weight_bytes + input_bytes)};
   return split;
 }
 
@@ -291,7 +294,7 @@ int choose_crews(const Params* problems, int count) {
   for (int i = 1; i < count; ++i) {
     const Demand d = demand(i);
     most = {int(max64(most.threads, d.threads)), max64(most.caches, d.caches),
-            min64(most.work, d.work)};
+            min64(most.work, d.work), max64(most.caches_with_input, d.caches_with_input)};
   }
   const int crews = layers_at_once(threads, count, problems->seq.steps, most);
   return int(min64(crews, Together<Task>::kMaxCrews));
