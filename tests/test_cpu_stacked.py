@@ -33,7 +33,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 every_count = pytest.mark.parametrize("count", [1, 2, 3, 4])
 
-FEATURES, HIDDEN = 7, 65
+FEATURES, HIDDEN = 40, 65
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +121,7 @@ DECISIONS = {
     "odd layers all at once": (4, 3, 1000, (2, 1, 10**6), 3),
     "room in one cache": (2, 2, 1000, (2, 1, 10**6), 2),
     "weights fill both caches": (2, 2, 1000, (2, 2, 10**6), 1),
-    "not worth a thread": (2, 2, 1000, (1, 1, 99_999), 1),
+    "not worth a thread": (2, 2, 1000, (1, 1, 999_999), 1),
     "just long enough": (2, 2, 64, (1, 1, 10**6), 2),
     "too short": (2, 2, 63, (1, 1, 10**6), 1),
     "the last of four would start late": (4, 4, 191, (1, 1, 10**6), 3),
@@ -156,8 +156,8 @@ def test_crews_are_neighbours_and_each_has_a_thread(asked: list[int]) -> None:
 
 # Sizes with work enough for a thread, unless there is no such work in so few steps.
 SIZES = {
-    "H=1": {"T": 2600, "B": 8, "hidden": 1},
-    "H=7": {"T": 500, "B": 1, "hidden": 7},
+    "H=1": {"T": 2700, "B": 64, "hidden": 1},
+    "H=7": {"T": 3500, "B": 1, "hidden": 7},
     "H=100": {"T": 260, "B": 1, "hidden": 100},
     "H=130": {"T": 260, "B": 1, "hidden": 130},
     "T=1": {"T": 1, "B": 1, "hidden": 300},
@@ -203,9 +203,9 @@ def test_every_dtype_gives_the_bits_of_in_turn(kind, dtype, count) -> None:
 def test_batch_first_and_no_biases_and_other_strides() -> None:
     for options in ({"batch_first": True}, {"bias": False}, {"memory": "low"}):
         net = model("LSTM", **options)
-        x = inputs(60, 3)
+        x = inputs(200, 3)
         assert_as_in_turn(net, x.transpose(0, 1).contiguous() if "batch_first" in options else x)
-        h, c = states_of(net, 60 if "batch_first" in options else 3)
+        h, c = states_of(net, 200 if "batch_first" in options else 3)
         assert_as_in_turn(net, x, (h, torch.stack([c, c], -1)[..., 0]))
 
 
@@ -226,7 +226,7 @@ def test_cells_of_the_last_layer(dtype: torch.dtype, memory: str) -> None:
 
     def found() -> list[Tensor]:
         options = {"num_layers": 2, "return_cells": True, "memory": memory, "backend": "cpu"}
-        return list(functional.lstm(inputs(60, 2, dtype), None, weights, **options))
+        return list(functional.lstm(inputs(200, 2, dtype), None, weights, **options))
 
     with in_turn():
         expected = found()
@@ -291,8 +291,8 @@ class Stack:
 
 
 UNLIKE = {
-    "growing": (7, 33, 65, 140),
-    "shrinking": (140, 130, 65, 33),
+    "growing": (7, 33, 65, 100, 140),
+    "shrinking": (140, 130, 65, 50, 40),
     "narrow between": (65, 140, 7, 140, 65),
 }
 
@@ -319,7 +319,7 @@ RACES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("count", [2, 3, 4])
 @pytest.mark.parametrize(
     ("cell", "options"),
-    [("lstm", {}), ("lstm", {"proj": 130}), ("gru", {}), ("gru", {"reset": "before"})],
+    [("lstm", {}), ("lstm", {"proj": 24}), ("gru", {}), ("gru", {"reset": "before"})],
     ids=["lstm", "lstm-projected", "gru", "gru-before"],
 )
 @pytest.mark.parametrize("sizes", RACES.values(), ids=RACES)
@@ -360,8 +360,8 @@ def test_a_forked_child_runs_a_stack(count: int) -> None:
     run_in_a_forked_child(
         """
 from rnnlm_kernels import nn
-net = nn.GRU(7, 65, 3, backend="cpu").requires_grad_(False)
-x = torch.randn(60, 1, 7)
+net = nn.GRU(40, 65, 3, backend="cpu").requires_grad_(False)
+x = torch.randn(200, 1, 40)
 expected = net(x)[0]
 """,
         "assert torch.equal(net(x)[0], expected)",
@@ -477,7 +477,7 @@ def test_frozen_layers_and_idle_dropout_are_no_reason_to_wait() -> None:
 
 
 def test_autocast_gives_a_stack_in_its_dtype() -> None:
-    net, x = model("LSTM"), inputs(60, 1)
+    net, x = model("LSTM"), inputs(200, 1)
     with torch.autocast("cpu", torch.bfloat16):
         assert_as_in_turn(net, x)
         assert net(x)[0].dtype == torch.bfloat16

@@ -170,7 +170,8 @@ bool side_by_side(int threads, const Demand& first, const Demand& second) {
 }
 
 int layers_at_once(int threads, int layers, int64_t steps, const Demand& most) {
-  if (most.work < kThreadWork) return 1;
+  // A call of one thread is not made one of two, which the system may keep waiting, for little.
+  if (most.work < 10 * kThreadWork) return 1;
   for (int crews = std::min(threads, layers); crews > 1; --crews) {
     const int crew = threads / crews;
     const int64_t lag = (crews - 1) * kStepsBehind;
