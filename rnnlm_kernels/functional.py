@@ -14,6 +14,7 @@ projection), L (layers), D (1, or 2 when bidirectional). Packed input is the ``d
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -146,6 +147,14 @@ def lstm(
     finals_h: list[Tensor] = []
     finals_c: list[Tensor] = []
     cells: Tensor | None = None
+    stack: Sequence[tuple[Any, ...]] = ()
+    if num_layers > 1 and not bidirectional and not (dropout and training):
+        stack = ops.lstm_stack(
+            *(x, h0s, c0s, weights, batch_sizes),
+            return_cells=return_cells,
+            memory=memory,
+            backend=backend,
+        )
     for i in range(0, len(weights), directions):
         wants_cells = return_cells and i == last
         if bidirectional:
@@ -160,6 +169,10 @@ def lstm(
             finals_h += (forward[1], reverse[1])
             finals_c += (forward[2], reverse[2])
             cells = torch.cat((forward[3], reverse[3]), -1) if wants_cells else None
+        elif stack:
+            x, h_n, c_n, cells = stack[i]
+            finals_h.append(h_n)
+            finals_c.append(c_n)
         else:
             x, h_n, c_n, cells = ops.lstm(
                 x,
@@ -281,6 +294,11 @@ def gru(
         weights = [(w_ih, w_hh, None, None, None) for w_ih, w_hh, *_ in weights]
     last = len(weights) - directions
     finals: list[Tensor] = []
+    stack: Sequence[tuple[Any, ...]] = ()
+    if num_layers > 1 and not bidirectional and not (dropout and training):
+        stack = ops.gru_stack(
+            x, h0s, weights, batch_sizes, reset=reset, memory=memory, backend=backend
+        )
     for i in range(0, len(weights), directions):
         w_ih, w_hh, b_ih, b_hh, _ = weights[i]
         if bidirectional:
@@ -293,6 +311,9 @@ def gru(
             )
             x = torch.cat((forward[0], reverse[0]), -1)
             finals += (forward[1], reverse[1])
+        elif stack:
+            x, h_n = stack[i]
+            finals.append(h_n)
         else:
             x, h_n = ops.gru(
                 x,

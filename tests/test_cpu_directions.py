@@ -144,9 +144,9 @@ def test_side_by_side_where_half_a_team_will_do(team, first, second, expected) -
 def test_crews_get_what_they_asked_for_or_share_what_came() -> None:
     for first in range(1, 6):
         for second in range(1, 6):
-            assert _C.cpu_crews(1, first, second) == [(0, 1), (0, 1)]
+            assert _C.cpu_crews(1, [first, second]) == [(0, 1), (0, 1)]
             for came in range(2, 13):
-                (begin, size), (other_begin, other_size) = _C.cpu_crews(came, first, second)
+                (begin, size), (other_begin, other_size) = _C.cpu_crews(came, [first, second])
                 assert (begin, other_begin) == (0, size)
                 assert size >= 1
                 assert other_size >= 1

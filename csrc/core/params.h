@@ -24,10 +24,11 @@ struct Sequence {
 // The input projection, which the CPU kernels make themselves, some steps at a time; gates_x is
 // then null. The CUDA kernels get it made, as gates_x, and read nothing here.
 struct Projection {
-  int64_t input;     // I
-  const void* x;     // T [N, I]
-  const void* w_ih;  // T [G*H, I]
-  const void* b_ih;  // T [G*H] or null
+  int64_t input;         // I
+  const void* x;         // T [N, I]
+  const void* w_ih;      // T [G*H, I]
+  const void* b_ih;      // T [G*H] or null
+  bool follows = false;  // x is the output of the problem before in the same call
 };
 
 // "T" in the comments below is the tensor dtype, "A" its arithmetic dtype (float32 for 16 bits).

@@ -57,15 +57,16 @@ class Input {
       return rows.end - rows.begin;
     };
     const bool ahead = goes_ahead(steps, place.split);
+    const int64_t most = min64(place.steps_at_once, Chunk<S>::kMaxSteps);
     chunk.begin = iteration;
     chunk.end = iteration + 1;
     chunk.rows = rows_at(steps.forward_step(iteration));
     for (; ahead && chunk.end < steps.count(); ++chunk.end) {
       const int64_t more = rows_at(steps.forward_step(chunk.end));
-      if (chunk.end - chunk.begin == Chunk<S>::kMaxSteps || chunk.rows + more > kInputRows<S>)
-        break;
+      if (chunk.end - chunk.begin == most || chunk.rows + more > kInputRows<S>) break;
       chunk.rows += more;
     }
+    place.leader.await(chunk.end);
     const int64_t count = chunk.end - chunk.begin;
     const int64_t first = steps.forward_step(steps.reverse() ? chunk.end - 1 : chunk.begin);
     const bool as_it_is = !converts_ && place.split.row_groups == 1;

@@ -8,8 +8,9 @@ namespace rnnlm::cpu {
 // What a kernel did: nothing went wrong, or memory for its workspace could not be had.
 enum class Result : int { ok = 0, out_of_memory = 1 };
 
-// A layer's kernel takes one problem, or two of the same dtype that need not wait for each other
-// (its directions): those run at the same time where half of the threads will do for each.
+// A layer's kernel takes one problem, or two that need not wait for each other (its directions), or
+// the layers of a stack, each of which but the first `follows`; all of one dtype. Several run at
+// the same time where a part of the threads will do for each.
 template <class Params>
 using LayerKernel = Result (*)(const Params* problems, int count);
 

@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <string>
 #include <system_error>
 #include <thread>
@@ -133,6 +134,18 @@ void pause() {
 #endif
 }
 
+// Spins. A core may be taken away by another process: after some microseconds let it run.
+template <class Condition>
+void wait_until(Condition condition) {
+  for (int spins = 0; !condition(); ++spins) {
+    if (spins < 4096) {
+      pause();
+    } else {
+      std::this_thread::yield();
+    }
+  }
+}
+
 }  // namespace
 
 void parallel(int threads, Body body, void* context) {
@@ -156,17 +169,36 @@ bool side_by_side(int threads, const Demand& first, const Demand& second) {
          std::min(first.work, second.work) >= kThreadWork;
 }
 
-void divide(int came, int first, int second, Crew crews[2]) {
-  if (came <= 1) {
-    crews[0] = crews[1] = {0, came};
+int layers_at_once(int threads, int layers, int64_t steps, const Demand& most) {
+  // A call of one thread is not made one of two, which the system may keep waiting, for little.
+  if (most.work < 10 * kThreadWork) return 1;
+  for (int crews = std::min(threads, layers); crews > 1; --crews) {
+    const int crew = threads / crews;
+    const int64_t lag = (crews - 1) * kStepsBehind;
+    // Threads that a layer has no use for cost nothing. Where it has, but can do with fewer, it is
+    // slower by itself: then nobody may be idle for long.
+    if (most.threads <= crew
+            ? steps >= 8 * lag
+            : most.caches_with_input <= crew && layers % crews == 0 && steps >= 32 * lag)
+      return crews;
+  }
+  return 1;
+}
+
+void divide(int came, const int* asked, int count, Crew* crews) {
+  if (came < count) {
+    for (int i = 0; i < count; ++i) crews[i] = {i % came, 1};
     return;
   }
-  if (came < first + second) {
-    first = std::max(1, std::min(came - 1, came * first / (first + second)));
-    second = came - first;
+  int begin = 0, wanted = std::accumulate(asked, asked + count, 0);
+  for (int i = 0; i < count; ++i) {
+    const int left = came - begin, others = count - 1 - i;
+    int size = asked[i];
+    if (left < wanted) size = std::max(1, std::min(left - others, left * size / wanted));
+    crews[i] = {begin, size};
+    begin += size;
+    wanted -= asked[i];
   }
-  crews[0] = {0, first};
-  crews[1] = {first, second};
 }
 
 void map_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes,
@@ -199,14 +231,15 @@ void Barrier::wait(int participants) {
     __atomic_store_n(&phase_, phase + 1, __ATOMIC_RELEASE);
     return;
   }
-  // A core may be taken away by another process: after some microseconds let it run.
-  for (int spins = 0; __atomic_load_n(&phase_, __ATOMIC_ACQUIRE) == phase; ++spins) {
-    if (spins < 4096) {
-      pause();
-    } else {
-      std::this_thread::yield();
-    }
-  }
+  wait_until([&] { return __atomic_load_n(&phase_, __ATOMIC_ACQUIRE) != phase; });
+}
+
+void Progress::publish(int64_t iterations) {
+  __atomic_store_n(&iterations_, iterations, __ATOMIC_RELEASE);
+}
+
+void Progress::await(int64_t iterations) const {
+  wait_until([&] { return __atomic_load_n(&iterations_, __ATOMIC_ACQUIRE) >= iterations; });
 }
 
 namespace {

@@ -23,9 +23,10 @@ constexpr int64_t kThreadWork = 100'000;
 
 // What a problem asks of a team by itself.
 struct Demand {
-  int threads;     // that it has a use for
-  int64_t caches;  // of cores, that its weights fill (to the nearest)
-  int64_t work;    // multiply-adds
+  int threads;                         // that it has a use for
+  int64_t caches;                      // of cores, that its weights fill (to the nearest)
+  int64_t work;                        // multiply-adds
+  int64_t caches_with_input = caches;  // the same with the weights of the input
 };
 
 // Whether a team of `threads` should run two problems, which need not wait for each other, side by
@@ -34,15 +35,23 @@ struct Demand {
 // A whole one has room in its caches for twice the weights.
 bool side_by_side(int threads, const Demand& first, const Demand& second);
 
+// Steps that a layer of a stack stays behind the one whose output it reads. All project their input
+// for so many at once: fewer would have W_ih read more often, more would have it start later.
+constexpr int64_t kStepsBehind = 8;
+
+// How many layers of a stack a team of `threads` should run at a time, with an equal part of the
+// team for each. Of what the layers demand, `most` has the most threads and caches and the least
+// work. W_ih counts, for they read it every few steps.
+int layers_at_once(int threads, int layers, int64_t steps, const Demand& most);
+
 // Some threads of a team, the neighbours begin .. begin + size.
 struct Crew {
   int begin, size;
 };
 
-// Which of the `came` threads of a team run the first and the second problem side by side, which
-// asked for `first` and `second` threads: so many, or as large a part of them as there is. A single
-// thread is the crew of both.
-void divide(int came, int first, int second, Crew crews[2]);
+// Which of the `came` threads of a team each of `count` crews gets, which asked for so many: those,
+// or as large a part of them as there is. With fewer threads than crews, some have the same one.
+void divide(int came, const int* asked, int count, Crew* crews);
 
 // Has the system map memory that is about to be written, part `part` of `parts` of it. Otherwise it
 // is mapped page by page, and where two threads first write to a page at the same moment, each has
@@ -60,6 +69,17 @@ class alignas(64) Barrier {
  private:
   alignas(64) int arrived_ = 0;
   alignas(64) int phase_ = 0;
+};
+
+// How far a group of threads has come, for others to wait until they may read what it has written.
+// Spins as well.
+class alignas(64) Progress {
+ public:
+  void publish(int64_t iterations);
+  void await(int64_t iterations) const;
+
+ private:
+  int64_t iterations_ = 0;
 };
 
 // At least `bytes` of 64-byte-aligned memory that stays valid until this thread's next call, kept

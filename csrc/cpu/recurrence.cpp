@@ -74,7 +74,7 @@ class LstmForwardTask {
     const int64_t input = 4 * p_.hidden * p_.projection.input;
     const int64_t recurrent = 4 * p_.hidden * width_ + p_.proj * p_.hidden;
     return choose_split(p_.threads, p_.seq.steps, p_.seq.batch, input + recurrent,
-                        recurrent * int64_t(sizeof(X)));
+                        recurrent * int64_t(sizeof(X)), input * int64_t(sizeof(X)));
   }
 
   void run(const Place& place) {
@@ -113,13 +113,15 @@ class LstmForwardTask {
             update_h(steps.start(t) + row, row, unit, lanes, load(sums), row >= ending, h_out);
           });
       place.meet_rows();
-      if (!p_.proj) continue;
-      for_each_output(project_, place, rows, s & 1, unprojected_, c_ld_,
-                      [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
-                        emit_h(steps.start(t) + row, row, unit, lanes, load(sums), row >= ending,
-                               h_out);
-                      });
-      place.meet_rows();
+      if (p_.proj) {
+        for_each_output(project_, place, rows, s & 1, unprojected_, c_ld_,
+                        [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
+                          emit_h(steps.start(t) + row, row, unit, lanes, load(sums), row >= ending,
+                                 h_out);
+                        });
+        place.meet_rows();
+      }
+      place.publish(s + 1);
     }
   }
 
@@ -366,7 +368,7 @@ class GruForwardTask {
     const int64_t input = 3 * p_.hidden * p_.projection.input;
     const int64_t recurrent = 3 * p_.hidden * p_.hidden;
     return choose_split(p_.threads, p_.seq.steps, p_.seq.batch, input + recurrent,
-                        recurrent * int64_t(sizeof(X)));
+                        recurrent * int64_t(sizeof(X)), input * int64_t(sizeof(X)));
   }
 
   void run(const Place& place) {
@@ -425,6 +427,7 @@ class GruForwardTask {
                         });
       }
       place.meet_rows();
+      place.publish(s + 1);
     }
   }
 

@@ -1,6 +1,9 @@
 // How a call is run by a team of threads: its workspace, which rows take part in which step, who
-// does what, and the run itself, of one problem or of two.
+// does what, and the run itself, of one problem or of several.
 #pragma once
+
+#include <new>
+#include <type_traits>
 
 #include "core/params.h"
 #include "kernels.h"
@@ -85,9 +88,10 @@ struct Split {
 constexpr int64_t kStepWork = 20'000;          // multiply-adds a step that make a barrier worth it
 constexpr int64_t kCachedWeights = 1'000'000;  // bytes of weights that a core keeps at hand
 
-// `weights`: multiply-adds per row and step; `weight_bytes`: what a thread reads again every step.
+// `weights`: multiply-adds per row and step; `weight_bytes`: what a thread reads again every step;
+// `input_bytes`: and every few steps.
 inline Split choose_split(int threads, int64_t steps, int64_t batch, int64_t weights,
-                          int64_t weight_bytes) {
+                          int64_t weight_bytes, int64_t input_bytes = 0) {
   const int64_t work = steps * batch * weights;
   threads = int(max64(1, min64(threads, work / kThreadWork)));
   Split split;
@@ -97,8 +101,10 @@ inline Split choose_split(int threads, int64_t steps, int64_t batch, int64_t wei
   split.row_groups = int(max64(1, min64(threads / units, batch)));
   split.unit_groups = threads / split.row_groups;
   if (batch * weights / split.threads() < kStepWork) split.unit_groups = 1;
-  const int64_t caches = max64(1, (weight_bytes + kCachedWeights / 2) / kCachedWeights);
-  split.demand = {split.threads(), caches, work};
+  const auto caches = [](int64_t bytes) {
+    return max64(1, (bytes + kCachedWeights / 2) / kCachedWeights);
+  };
+  split.demand = {split.threads(), caches(weight_bytes), work, caches(weight_bytes + input_bytes)};
   return split;
 }
 
@@ -129,6 +135,15 @@ RNNLM_INLINE void prefetch(const void* row, int64_t bytes_apart) {
     __builtin_prefetch(static_cast<const char*>(row) + i * bytes_apart, written);
 }
 
+// The problem that writes another's input at the same time: how far its groups of rows have come.
+struct Leader {
+  const Progress* groups = nullptr;
+  int count = 0;
+  void await(int64_t iterations) const {
+    for (int i = 0; i < count; ++i) groups[i].await(iterations);
+  }
+};
+
 // A thread's place in its team.
 struct Place {
   int thread, threads;
@@ -137,6 +152,9 @@ struct Place {
   int row_group, unit_group;
   Barrier* all;
   Barrier* rows_barrier;
+  Progress* progress;
+  Leader leader;
+  int64_t steps_at_once;  // that the input is projected for, at most
   Tiles* tiles;
 
   bool idle() const { return thread >= split.threads(); }
@@ -149,30 +167,53 @@ struct Place {
   }
   void meet_all() const { all->wait(split.threads()); }
   void meet_rows() const { rows_barrier->wait(split.unit_groups); }
+  // Having met, the threads of these rows have written the output of so many iterations.
+  void publish(int64_t iterations) const {
+    if (unit_group == 0) progress->publish(iterations);
+  }
 };
+
+// Whether a problem's input is what the one before it in the call writes.
+template <class Params>
+bool follows(const Params&) {
+  return false;
+}
+inline bool follows(const LstmForward& problem) {
+  return problem.projection.follows;
+}
+inline bool follows(const GruForward& problem) {
+  return problem.projection.follows;
+}
 
 // A problem with its part of the workspace. A task has Task(const Params&, Arena&), split(), and
 // run(const Place&).
 template <class Task>
 struct Prepared {
   static constexpr int64_t kMaxGroups = 256;
-  Barrier* barriers;  // for all threads, then for each group of rows
+  Barrier* barriers;   // for all threads, then for each group of rows
+  Progress* progress;  // of each group of rows
   Task task;
   Split split;
+  bool follower;
 
   template <class Params>
   Prepared(const Params& params, Arena& arena)
-      : barriers(arena.take<Barrier>(1 + kMaxGroups)), task(params, arena), split(task.split()) {
+      : barriers(arena.take<Barrier>(1 + kMaxGroups)),
+        progress(arena.take<Progress>(kMaxGroups)),
+        task(params, arena),
+        split(task.split()),
+        follower(follows(params)) {
     split.row_groups = int(min64(split.row_groups, kMaxGroups));
   }
 
   void start() {
     __builtin_memset(static_cast<void*>(barriers), 0,
                      sizeof(Barrier) * size_t(1 + split.row_groups));
+    __builtin_memset(static_cast<void*>(progress), 0, sizeof(Progress) * size_t(split.row_groups));
     task.steps.fill();
   }
   // What the thread with this number among `threads` does.
-  void run(int thread, int threads) {
+  void run(int thread, int threads, Leader leader, int64_t steps_at_once) {
     Place place;
     place.thread = thread;
     place.threads = threads;
@@ -183,37 +224,58 @@ struct Prepared {
     place.rows = share(task.steps.batch(), place.row_group, place.split.row_groups);
     place.all = barriers;
     place.rows_barrier = barriers + 1 + place.row_group;
+    place.progress = progress + place.row_group;
+    place.leader = leader;
+    place.steps_at_once = steps_at_once;
     Tiles tiles;
     place.tiles = &tiles;
     task.run(place);
   }
+  Leader as_leader(int threads) const { return {progress, shrink(split, threads).row_groups}; }
 };
 
-// Runs one problem or two in one team: side by side, or one after the other. In the latter case
-// threads that are through with the first go on to the second: there is nothing to wait for.
+// Runs problems in one team, as many at a time as there are crews: number i is crew i % crews',
+// which takes up one after the other. Who follows waits only for problems before its own, so that
+// there is always somebody who can go on. Threads that are through with a problem go on to the
+// next: there is nothing to wait for.
 template <class Task>
 struct Together {
-  Prepared<Task>* problems[2];
-  int count;
-  bool apart;
+  static constexpr int kMaxCrews = 8;
+  Prepared<Task>* problems;
+  int count, crews;
 
-  int crew(int i) const { return problems[i]->split.threads(); }
+  // Fills in what each crew has a use for; returns the sum.
+  int ask(int* threads) const {
+    int sum = 0;
+    for (int k = 0; k < crews; ++k) {
+      threads[k] = 0;
+      for (int i = k; i < count; i += crews)
+        threads[k] = int(max64(threads[k], problems[i].split.threads()));
+      sum += threads[k];
+    }
+    return sum;
+  }
   void run(int thread, int came) const {
-    Crew crews[2] = {{0, came}, {0, came}};
-    if (apart) divide(came, crew(0), crew(1), crews);
+    int asked[kMaxCrews];
+    Crew crew[kMaxCrews];
+    ask(asked);
+    divide(came, asked, crews, crew);
+    const bool stacked = count > 1 && problems[1].follower;
+    const int64_t steps_at_once = stacked ? kStepsBehind : INT64_MAX;
     for (int i = 0; i < count; ++i) {
-      const int member = thread - crews[i].begin;
-      if (member >= 0 && member < crews[i].size) problems[i]->run(member, crews[i].size);
+      const Crew own = crew[i % crews];
+      const int member = thread - own.begin;
+      if (member < 0 || member >= own.size) continue;
+      Leader leader;
+      if (stacked && i > 0) leader = problems[i - 1].as_leader(crew[(i - 1) % crews].size);
+      problems[i].run(member, own.size, leader, steps_at_once);
     }
   }
   void start() {
-    int threads = 0;
-    for (int i = 0; i < count; ++i) {
-      problems[i]->start();
-      threads = int(apart ? threads + crew(i) : max64(threads, crew(i)));
-    }
+    for (int i = 0; i < count; ++i) problems[i].start();
+    int asked[kMaxCrews];
     parallel(
-        threads,
+        ask(asked),
         [](void* data, int thread, int came) {
           static_cast<const Together*>(data)->run(thread, came);
         },
@@ -221,28 +283,49 @@ struct Together {
   }
 };
 
+// How many problems of a call run at a time.
+template <class Task, class Params>
+int choose_crews(const Params* problems, int count) {
+  if (count == 1) return 1;
+  Arena none(nullptr);
+  const auto demand = [&](int i) { return Prepared<Task>(problems[i], none).split.demand; };
+  const int threads = problems->threads;
+  if (!follows(problems[1])) return side_by_side(threads, demand(0), demand(1)) ? 2 : 1;
+  Demand most = demand(0);
+  for (int i = 1; i < count; ++i) {
+    const Demand d = demand(i);
+    most = {int(max64(most.threads, d.threads)), max64(most.caches, d.caches),
+            min64(most.work, d.work), max64(most.caches_with_input, d.caches_with_input)};
+  }
+  const int crews = layers_at_once(threads, count, problems->seq.steps, most);
+  return int(min64(crews, Together<Task>::kMaxCrews));
+}
+
 template <class Task, class Params>
 Result run(const Params* problems, int count) {
-  Params own[2] = {problems[0], problems[count - 1]};
-  bool apart = false;
-  if (count == 2) {
-    Arena none(nullptr);
-    const auto demand = [&](int i) { return Prepared<Task>(own[i], none).split.demand; };
-    apart = side_by_side(problems->threads, demand(0), demand(1));
-    for (Params& params : own) params.threads /= apart ? 2 : 1;
+  const int crews = choose_crews<Task>(problems, count);
+  if (count > 1 && crews == 1 && follows(problems[1])) {  // In turn they use the same workspace.
+    for (int i = 0; i < count; ++i)
+      if (const Result result = run<Task>(problems + i, 1); result != Result::ok) return result;
+    return Result::ok;
   }
+  const auto lay_out = [&](Arena& arena) {
+    auto* prepared = arena.take<Prepared<Task>>(count);
+    for (int i = 0; i < count; ++i) {
+      Params params = problems[i];
+      params.threads /= crews;
+      const Prepared<Task> one(params, arena);
+      if (prepared) new (prepared + i) Prepared<Task>(one);
+    }
+    return prepared;
+  };
+  static_assert(std::is_trivially_destructible_v<Prepared<Task>>);
   Arena sizing(nullptr);
-  for (int i = 0; i < count; ++i) Prepared<Task>(own[i], sizing);
+  lay_out(sizing);
   void* memory = workspace(size_t(sizing.used()));
   if (!memory) return Result::out_of_memory;
   Arena arena(memory);
-  Prepared<Task> first(own[0], arena);
-  if (count == 1) {
-    Together<Task>{{&first, nullptr}, 1, false}.start();
-  } else {
-    Prepared<Task> second(own[1], arena);
-    Together<Task>{{&first, &second}, 2, apart}.start();
-  }
+  Together<Task>{lay_out(arena), count, crews}.start();
   return Result::ok;
 }
 

@@ -2,10 +2,10 @@
 
 #include <pybind11/stl.h>
 
-#include <array>
 #include <string>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "core/params.h"
 #include "core/status.h"
@@ -216,6 +216,25 @@ void bind(py::module_& m, const std::string& name, cpu::LayerKernel<Params> cpu:
   });
 }
 
+// NAME_stack([problem, ...]) runs layers each of which reads the output of the one before.
+template <class Params, class... Args>
+void bind_stack(py::module_& m, const std::string& name,
+                cpu::LayerKernel<Params> cpu::Kernels::* kernel, Params (*describe)(Args...)) {
+  m.def((name + "_stack").c_str(), [=](const std::vector<std::tuple<Args...>>& layers) {
+    std::vector<Params> problems;
+    for (const auto& layer : layers) {
+      Params problem = std::apply(describe, layer);
+      if (!problems.empty()) {
+        if (problem.projection.x != problems.back().output)
+          raise_unless_ok(Status::invalid_argument("a layer does not read the one before"));
+        problem.projection.follows = true;
+      }
+      problems.push_back(problem);
+    }
+    if (!problems.empty()) call(kernel, problems.data(), int(problems.size()));
+  });
+}
+
 bool side_by_side(int threads, std::tuple<int, int64_t, int64_t> first,
                   std::tuple<int, int64_t, int64_t> second) {
   const auto demand = [](const auto& d) {
@@ -224,10 +243,17 @@ bool side_by_side(int threads, std::tuple<int, int64_t, int64_t> first,
   return cpu::side_by_side(threads, demand(first), demand(second));
 }
 
-std::array<std::pair<int, int>, 2> crews(int came, int first, int second) {
-  cpu::Crew crews[2];
-  cpu::divide(came, first, second, crews);
-  return {{{crews[0].begin, crews[0].size}, {crews[1].begin, crews[1].size}}};
+int layers_at_once(int threads, int layers, int64_t steps, std::tuple<int, int64_t, int64_t> most) {
+  return cpu::layers_at_once(threads, layers, steps,
+                             {std::get<0>(most), std::get<1>(most), std::get<2>(most)});
+}
+
+std::vector<std::pair<int, int>> crews(int came, const std::vector<int>& asked) {
+  std::vector<cpu::Crew> crews(asked.size());
+  cpu::divide(came, asked.data(), int(asked.size()), crews.data());
+  std::vector<std::pair<int, int>> found;
+  for (const cpu::Crew& crew : crews) found.emplace_back(crew.begin, crew.size);
+  return found;
 }
 
 py::dict info() {
@@ -252,15 +278,20 @@ void bind_cpu(py::module_& m) {
   bind(m, "cpu_lstm_forward", &cpu::Kernels::lstm_forward, &lstm_forward);
   bind(m, "cpu_lstm_backward", &cpu::Kernels::lstm_backward, &lstm_backward);
   bind(m, "cpu_gru_forward", &cpu::Kernels::gru_forward, &gru_forward);
+  bind_stack(m, "cpu_lstm_forward", &cpu::Kernels::lstm_forward, &lstm_forward);
+  bind_stack(m, "cpu_gru_forward", &cpu::Kernels::gru_forward, &gru_forward);
   bind(m, "cpu_gru_backward", &cpu::Kernels::gru_backward, &gru_backward);
   bind(m, "cpu_linear", &cpu::Kernels::linear, &linear);
   bind(m, "cpu_layer_gradients", &cpu::Kernels::layer_gradients, &layer_gradients);
   m.def("cpu_cross_entropy", &cross_entropy);
   m.def("cpu_side_by_side", &side_by_side,
         "Whether a team runs two problems of (threads, caches, work) side by side; for tests.");
+  m.def("cpu_layers_at_once", &layers_at_once,
+        "How many layers of a stack a team runs at a time, by threads, layers, steps and (threads, "
+        "caches, work) of a layer; for tests.");
   m.def("cpu_crews", &crews,
-        "(begin, size) of the threads that run either of two problems side by side, of those that "
-        "came and those that were asked for; for tests.");
+        "(begin, size) of the threads of each crew, of those that came and those that every crew "
+        "asked for; for tests.");
   m.def("cpu_elementwise", &elementwise,
         "y = f(x) of n values by the kernels' own exp, sigmoid or tanh; for tests.");
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -64,6 +64,16 @@ def together(name: str, first: tuple[Any, ...], second: tuple[Any, ...]) -> None
     function = globals()[name]
     native_pair = getattr(native, f"cpu_{name}_pair")
     native_pair(function(*first, call=_arguments), function(*second, call=_arguments))
+
+
+def stacked(name: str, layers: Sequence[tuple[Any, ...]]) -> None:
+    """Calls of the function ``name`` below for layers each of which takes the one before's output.
+
+    A layer runs some steps behind the one before, on other threads, where that pays.
+    """
+    function = globals()[name]
+    native_stack = getattr(native, f"cpu_{name}_stack")
+    native_stack([function(*layer, call=_arguments) for layer in layers])
 
 
 def _arguments(*arguments: int) -> tuple[int, ...]:

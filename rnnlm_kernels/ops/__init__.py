@@ -24,6 +24,7 @@ from torch import Tensor
 from ..options import checked_memory
 from . import gru_layer, lstm_layer
 from .directions import in_one_call, in_turn_or_on_streams, run_in_one_call
+from .pairs import stacked
 from .planning import must_be_plain, nobody_watches
 
 _LSTM = torch.ops.rnnlm_kernels.lstm.default
@@ -140,6 +141,51 @@ def lstm_both(
     ]
 
 
+def lstm_stack(
+    x: Tensor,
+    h0s: Sequence[Tensor],
+    c0s: Sequence[Tensor],
+    weights: Sequence[Sequence[Tensor | None]],
+    batch_sizes: Tensor | None = None,
+    *,
+    return_cells: bool = False,
+    memory: str = "fast",
+    backend: str | None = None,
+) -> list[tuple[Any, ...]]:
+    """The layers of an LSTM, at the same time where that pays.
+
+    Args:
+        x, batch_sizes, memory, backend: as for :func:`lstm`.
+        h0s, c0s: the initial states of every layer.
+        weights: w_ih, w_hh, b_ih, b_hh, w_hr of every layer.
+        return_cells: also return the cell state of every step of the last layer.
+
+    Returns:
+        The results of :func:`lstm` for every layer; none where the layers have to be called one
+        by one.
+
+    Example:
+        >>> x, states = torch.randn(5, 2, 3), [torch.zeros(2, 3)] * 2
+        >>> weights = [(torch.randn(12, 3), torch.randn(12, 3), None, None, None)] * 2
+        >>> with torch.no_grad():
+        ...     (output, *_), (next_output, *_) = lstm_stack(x, states, states, weights)
+        >>> output.shape, next_output.shape
+        (torch.Size([5, 2, 3]), torch.Size([5, 2, 3]))
+    """
+    checked_memory(memory)
+    if not _may_run_as_a_stack(x, *h0s, *c0s, *(w for layer in weights for w in layer)):
+        return []
+    last = len(weights) - 1
+    layers = [
+        (h0s[i], c0s[i], *layer, batch_sizes, False, False, return_cells and i == last, backend)
+        for i, layer in enumerate(weights)
+    ]
+    return [
+        (output, h_n, c_n, None if cells is None else cells.to(x.dtype))
+        for output, h_n, c_n, cells, _ in stacked(lstm_layer.forward, x, layers)
+    ]
+
+
 def gru(
     x: Tensor,
     h0: Tensor,
@@ -225,6 +271,52 @@ def gru_both(
             gru_layer.forward, gru_layer.Eager, trains, directions
         )
     ]
+
+
+def gru_stack(
+    x: Tensor,
+    h0s: Sequence[Tensor],
+    weights: Sequence[Sequence[Tensor | None]],
+    batch_sizes: Tensor | None = None,
+    *,
+    reset: str = "after",
+    memory: str = "fast",
+    backend: str | None = None,
+) -> list[tuple[Any, ...]]:
+    """The layers of a GRU, at the same time where that pays.
+
+    Args:
+        x, batch_sizes, reset, memory, backend: as for :func:`gru`.
+        h0s: the initial state of every layer.
+        weights: w_ih, w_hh, b_ih, b_hh of every layer; what follows those is ignored.
+
+    Returns:
+        The results of :func:`gru` for every layer; none where the layers have to be called one by
+        one.
+
+    Example:
+        >>> x, states = torch.randn(5, 2, 3), [torch.zeros(2, 3)] * 2
+        >>> weights = [(torch.randn(9, 3), torch.randn(9, 3), None, None)] * 2
+        >>> with torch.no_grad():
+        ...     (output, _), (next_output, _) = gru_stack(x, states, weights)
+        >>> output.shape, next_output.shape
+        (torch.Size([5, 2, 3]), torch.Size([5, 2, 3]))
+    """
+    checked_memory(memory)
+    if not _may_run_as_a_stack(x, *h0s, *(w for layer in weights for w in layer[:4])):
+        return []
+    layers = [
+        (h0s[i], *layer[:4], batch_sizes, reset, False, False, backend)
+        for i, layer in enumerate(weights)
+    ]
+    return [(output, h_n) for output, h_n, _ in stacked(gru_layer.forward, x, layers)]
+
+
+def _may_run_as_a_stack(*tensors: Tensor | None) -> bool:
+    """Whether a backend may be called for all layers at once, given the tensors of all."""
+    if torch.is_grad_enabled() and _will_differentiate(*tensors):
+        return False
+    return in_one_call(tensors) and torch.get_num_threads() > 1
 
 
 def _both_will_differentiate(forward: Sequence[Any], reverse: Sequence[Any]) -> bool | None:

@@ -16,17 +16,18 @@ from .planning import PLAIN, must_be_plain, nobody_watches, plan_layer
 Layer = Callable[..., tuple[Any, ...]]
 
 
-def in_one_call(forward: Sequence[Any], reverse: Sequence[Any]) -> bool:
-    """Whether the directions may be one node of autograd whose backend calls are made together.
+def in_one_call(*layers: Sequence[Any]) -> bool:
+    """Whether the backend calls of some layers may be made together, by one node of autograd.
 
-    That is for CPUs, whose backend then divides its threads (``together``). Streams want a node
-    for each direction, and whoever watches sees operators of one direction.
+    That is for CPUs, whose backend then divides its threads. Streams want a node for each
+    direction, and whoever watches sees operators of one layer in one direction.
 
     Args:
-        forward, reverse: all tensors that the operator takes for one direction, and the other.
+        layers: all tensors that the operator takes, for each of its calls; x first.
     """
-    x = forward[0]
-    return x.is_cpu and not x.is_cuda and nobody_watches(*forward, *reverse) and not must_be_plain()
+    x = layers[0][0]
+    tensors = (tensor for layer in layers for tensor in layer)
+    return x.is_cpu and not x.is_cuda and nobody_watches(*tensors) and not must_be_plain()
 
 
 def run_in_one_call(

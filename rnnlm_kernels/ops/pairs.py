@@ -1,4 +1,4 @@
-"""Layers whose backend calls are made together: on CPUs, where two layers share a team of threads.
+"""Layers whose backend calls are made together: on CPUs, where layers share a team of threads.
 
 A layer's forward and its backward hold one call of a backend each. Forward ends with it, so it is
 enough to be told to leave that call to somebody else (``later``). Backward goes on afterwards, with
@@ -38,6 +38,28 @@ def forwards(
     calls: list[Call] = []
     results = [forward(*arguments, later=calls) for arguments in layers]
     _make(calls)
+    return results
+
+
+def stacked(
+    forward: Callable[..., tuple[Any, ...]], x: Tensor, layers: Sequence[tuple[Any, ...]]
+) -> list[tuple[Any, ...]]:
+    """Results of ``forward(x, *arguments)``, where x is the output of the layer before.
+
+    A backend that has ``stacked`` makes the calls of all layers: it chooses by what they have in
+    common. Any other makes them in turn.
+    """
+    calls: list[Call] = []
+    results: list[tuple[Any, ...]] = []
+    for arguments in layers:
+        results.append(forward(x, *arguments, later=calls))
+        x = results[-1][0]
+        if calls and not hasattr(calls[0][0], "stacked"):
+            _make(calls)
+            calls.clear()
+    if calls:
+        module, name, _ = calls[0]
+        module.stacked(name, [given for _, _, given in calls])
     return results
 
 
