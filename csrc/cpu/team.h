@@ -297,7 +297,8 @@ int choose_crews(const Params* problems, int count) {
     most = {int(max64(most.threads, d.threads)), max64(most.caches, d.caches),
             min64(most.work, d.work), max64(most.caches_with_input, d.caches_with_input)};
   }
-  const int crews = layers_at_once(threads, count, problems->seq.steps, most);
+  const int64_t steps = Prepared<Task>(*problems, none).task.steps.count();
+  const int crews = layers_at_once(threads, count, steps, most);
   return int(min64(crews, Together<Task>::kMaxCrews));
 }
 
@@ -314,8 +315,10 @@ Result run(const Params* problems, int count) {
     for (int i = 0; i < count; ++i) {
       Params params = problems[i];
       params.threads /= crews;
-      const Prepared<Task> one(params, arena);
-      if (prepared) new (prepared + i) Prepared<Task>(one);
+      if (prepared)
+        new (prepared + i) Prepared<Task>(params, arena);  // may point to itself: never copied
+      else
+        Prepared<Task>(params, arena);
     }
     return prepared;
   };
