@@ -102,7 +102,7 @@ def assert_as_in_turn(net: Any, *arguments: Any, layers: int = 2) -> None:
         expected = flat(net(*arguments))
     with watched() as counts:
         found = flat(net(*arguments))
-    assert counts == ([layers] if torch.get_num_threads() > 1 else [])
+    assert counts == [layers]
     assert_equal(found, expected)
 
 
@@ -410,11 +410,6 @@ def with_one_layer(net: torch.nn.Module, x: Tensor) -> None:
     model(layers=1)(x)
 
 
-def on_one_thread(net: torch.nn.Module, x: Tensor) -> None:
-    torch.set_num_threads(1)
-    net(x)
-
-
 def without_rows(net: torch.nn.Module, x: Tensor) -> None:
     output, h_n = net(x[:, :0])
     assert output.shape == (20, 0, HIDDEN)
@@ -432,7 +427,6 @@ IN_TURN = [
     with_dropout,
     in_both_directions,
     with_one_layer,
-    on_one_thread,
     without_rows,
 ]
 

@@ -316,7 +316,7 @@ def _may_run_as_a_stack(*tensors: Tensor | None) -> bool:
     """Whether a backend may be called for all layers at once, given the tensors of all."""
     if torch.is_grad_enabled() and _will_differentiate(*tensors):
         return False
-    return in_one_call(tensors) and torch.get_num_threads() > 1
+    return in_one_call(tensors)
 
 
 def _both_will_differentiate(forward: Sequence[Any], reverse: Sequence[Any]) -> bool | None:
