@@ -11,6 +11,15 @@
     in, results written into tensors that the operator allocated. The reference backend has no
     kernels: the operator differentiates :mod:`rnnlm_kernels.reference` instead.
 
+A backend may do more of a layer than that, and then has some of these (the CPU's has all four):
+
+``together(name, first, second)``, ``stacked(name, layers)``
+    two calls of one of these functions for layers that do not need each other, calls for layers
+    each of which reads the output of the one before (:mod:`rnnlm_kernels.ops.pairs`).
+``multiplies(dtype, work) -> bool``, ``layer_gradients``
+    whether it computes the gradients of weights, biases and input faster than PyTorch's products
+    do, and that (:func:`rnnlm_kernels.ops.products.layer_gradients`).
+
 A backend that can run a pass in several ways has these as well. ``rnnlm-kernels tune`` measures the
 ways against each other, and the backend asks :func:`rnnlm_kernels.tuning.lookup` before it chooses.
 
