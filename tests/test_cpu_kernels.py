@@ -7,11 +7,14 @@ weight gradients) are PyTorch's, whose sums depend on the number of rows and of 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+from cpu_driver import DRIVER, SOURCES, compiler, missing, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recurrence_cases import (
@@ -473,6 +476,20 @@ expected = kernel_results(problem)
         "assert_same_bits(kernel_results(problem), expected)",
         count,
     )
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
+    reason="needs Linux and two processors",
+)
+@pytest.mark.skipif(bool(missing("native")), reason=f"no {missing('native')}")
+def test_threads_of_a_team_take_processors_of_their_own(tmp_path: Path) -> None:
+    program = tmp_path / "seats"
+    run(
+        *(compiler(), "-std=c++17", "-O1", "-pthread", f"-I{SOURCES}", DRIVER / "seats.cpp"),
+        *(SOURCES / "cpu" / "parallel.cpp", "-ldl", "-o", program),
+    )
+    assert not run(program)
 
 
 @pytest.mark.skipif(bool(_C.build_info()["sanitizers"]), reason="ASan ends the process instead")

@@ -2,10 +2,12 @@
 
 #include <dlfcn.h>
 #include <pthread.h>
+#include <sched.h>
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -90,19 +92,47 @@ const OpenMP& openmp() {
 // A forked child has none of its parent's threads, and GNU's runtime waits for them for ever.
 bool in_forked_child = false;
 
+void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// One call of a team.
 struct Call {
   Body body;
   void* context;
+  bool awake;  // Threads that have just worked still look for work, each on its processor.
+  Seats seats{};
+  std::atomic<int> came{0};  // besides the caller
+
+  void enter(int thread, int threads) {
+    if (thread > 0) {
+      came.fetch_add(1, std::memory_order_relaxed);
+      seats.take();
+    } else if (!awake) {
+      // Who was woken on this processor cannot leave it before it has had a turn.
+      for (int spins = 0; came.load(std::memory_order_relaxed) < threads - 1; ++spins) {
+        if (spins == 64) {
+          std::this_thread::yield();
+          break;
+        }
+        pause();
+      }
+    }
+    body(context, thread, threads);
+  }
 };
 
 void enter_team(void* data) {
-  const Call& call = *static_cast<const Call*>(data);
   const OpenMP& omp = openmp();
-  call.body(call.context, omp.thread_num(), omp.num_threads());
+  static_cast<Call*>(data)->enter(omp.thread_num(), omp.num_threads());
 }
 
 // Without OpenMP: threads for this one call. Costs tens of microseconds, and is always right.
-void spawn_team(int threads, const Call& call) {
+void spawn_team(int threads, Call& call) {
   // The team's size must be known before any member starts, so each waits for the verdict.
   struct Gate {
     std::atomic<int> size{0};
@@ -114,7 +144,7 @@ void spawn_team(int threads, const Call& call) {
       team.emplace_back([&gate, &call, i] {
         int size;
         while (!(size = gate.size.load(std::memory_order_acquire))) std::this_thread::yield();
-        call.body(call.context, i, size);
+        call.enter(i, size);
       });
     }
   } catch (const std::system_error&) {
@@ -122,16 +152,8 @@ void spawn_team(int threads, const Call& call) {
   }
   const int size = int(team.size()) + 1;
   gate.size.store(size, std::memory_order_release);
-  call.body(call.context, 0, size);
+  call.enter(0, size);
   for (std::thread& thread : team) thread.join();
-}
-
-void pause() {
-#if defined(__x86_64__)
-  _mm_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
 }
 
 // Spins. A core may be taken away by another process: after some microseconds let it run.
@@ -152,12 +174,16 @@ void parallel(int threads, Body body, void* context) {
   if (threads <= 1) return body(context, 0, 1);
   static const int watch_forks = pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
   static_cast<void>(watch_forks);
-  Call call{body, context};
+  using Clock = std::chrono::steady_clock;
+  static thread_local Clock::time_point last;
+  Call call{body, context, Clock::now() - last < std::chrono::microseconds(200)};
+  call.seats.take();
   if (openmp() && !in_forked_child) {
     openmp().parallel(enter_team, &call, unsigned(threads), 0);
   } else {
     spawn_team(threads, call);
   }
+  last = Clock::now();
 }
 
 bool side_by_side(int threads, const Demand& first, const Demand& second) {
@@ -217,6 +243,26 @@ void map_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes,
       part + 1 < parts ? boundary(part + 1) : (first + uintptr_t(bytes)) / kPage * kPage;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_POPULATE_WRITE);
 #endif
+}
+
+void Seats::take() {
+#if defined(__linux__)
+  if (claim(sched_getcpu())) return;
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+  cpu_set_t vacant = allowed;
+  for (int cpu = 0; cpu < kMost; ++cpu)
+    if (taken_[cpu / 64].load(std::memory_order_relaxed) >> cpu % 64 & 1) CPU_CLR(cpu, &vacant);
+  if (CPU_COUNT(&vacant) == 0 || sched_setaffinity(0, sizeof vacant, &vacant) != 0) return;
+  claim(sched_getcpu());
+  sched_setaffinity(0, sizeof allowed, &allowed);
+#endif
+}
+
+bool Seats::claim(int cpu) {
+  if (cpu < 0 || cpu >= kMost) return true;
+  const uint64_t bit = uint64_t(1) << cpu % 64;
+  return !(taken_[cpu / 64].fetch_or(bit, std::memory_order_relaxed) & bit);
 }
 
 const char* parallel_runtime() {

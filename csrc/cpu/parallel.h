@@ -2,6 +2,7 @@
 // instruction set (the kernels themselves are compiled per instruction set and include only this).
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 
@@ -60,6 +61,22 @@ void map_pages(void* memory, int64_t bytes, int part, int parts);
 
 // Where `parallel` gets its threads from: the name of the runtime's library, or "std::thread".
 const char* parallel_runtime();
+
+// Which processors the threads of a team run on. Linux wakes a thread on the processor of the one
+// that wakes it, rather than on an idle one, when it thinks that the other is not really idle, as
+// it does in virtual machines. There the two take turns for a whole time slice, some milliseconds.
+class Seats {
+ public:
+  // Each thread takes the processor that it runs on. Where another has taken that, it moves to one
+  // of those that it may run on and nobody has taken, if there is any.
+  void take();
+
+ private:
+  static constexpr int kMost = 1024;
+  bool claim(int cpu);  // true if nobody had it
+
+  std::atomic<uint64_t> taken_[kMost / 64] = {};
+};
 
 // All of `participants` threads wait until all have arrived. Spins: steps take microseconds.
 class alignas(64) Barrier {
