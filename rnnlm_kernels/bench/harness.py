@@ -219,7 +219,7 @@ def _measure_now(
             steps | dict(roof.steps if roof else {}),
             options,
             stopwatch=stopwatch_for(workload.device),
-            after={c.name: wait_for_quiet for c in line_up if c.spins},
+            settle=wait_for_quiet if any(c.spins for c in line_up) else None,
         )
         work = flops(workload)
         least_us, bound = roof.least_us(samples) if roof else (None, "")

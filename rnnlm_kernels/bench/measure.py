@@ -2,8 +2,9 @@
 
 Timing. By the clock, on a GPU by its own events. Samples of all contenders alternate in the order A
 B, B A, A B, ... so that a machine that slows down, speeds up or is shared hits them alike. A sample
-repeats the step until it lasts long enough for the clock and for a neighbour's thread pool to have
-gone to sleep. What is reported is the median with the 20 % and 80 % quantiles.
+repeats the step until it lasts long enough for the clock. Where one of the contenders has threads
+of its own, which look for work for a while after their last, everybody waits until all threads
+sleep. What is reported is the median with the 20 % and 80 % quantiles.
 
 Memory. *Saved* bytes are what autograd keeps between forward and backward: the storages behind
 every tensor it saves, each once, parameters excepted (they exist anyway), x included. Some of it
@@ -101,7 +102,7 @@ def interleave(
     *,
     stopwatch: Stopwatch | None = None,
     clock: Callable[[], float] = time.perf_counter,
-    after: Mapping[str, Step] | None = None,
+    settle: Step | None = None,
 ) -> dict[str, list[float]]:
     """Time several steps in turn; returns each one's samples in seconds per call.
 
@@ -110,9 +111,8 @@ def interleave(
         options: how many samples to take.
         stopwatch: times one run; None for the clock.
         clock: seconds; a test may count instead.
-        after: by contender, what is called, untimed, when it has been called.
+        settle: called, untimed, before each sample and the untimed call that precedes it.
     """
-    after = after or {}
 
     def by_clock(run: Step) -> float:
         begin = clock()
@@ -122,8 +122,9 @@ def interleave(
     measure = stopwatch or by_clock
     repeats = {}
     for name, step in steps.items():
+        if settle:
+            settle()
         repeats[name] = _repeats(step, options, measure)
-        after.get(name, _nothing)()
     samples: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
     # A collection in the middle of a sample would be charged to whoever happens to run.
@@ -140,10 +141,11 @@ def interleave(
                 break
             for name in order:
                 step, repeat = steps[name], repeats[name]
-                if repeat > 1:
-                    step()  # caches belong to this contender again before its clock starts
+                if settle:
+                    settle()
+                if settle or repeat > 1:
+                    step()  # caches and cores belong to this contender before its clock starts
                 samples[name].append(measure(_repeated(step, repeat)) / repeat)
-                after.get(name, _nothing)()
             order.reverse()
             rounds += 1
     finally:
@@ -152,17 +154,17 @@ def interleave(
     return samples
 
 
-def _nothing() -> None:
-    pass
+# Of a thread on another core, Linux counts the time at ticks only, of up to 10 ms.
+_QUIET_S = 0.025
 
 
-def wait_for_quiet(limit_s: float = 0.25) -> None:
+def wait_for_quiet(limit_s: float = 0.5) -> None:
     """Wait until the threads of this process have stopped looking for work, as a pool's do for a
-    while after its last task (ONNX Runtime's for some 40 ms)."""
+    while after its last task (ONNX Runtime's for some 70 ms)."""
     until = time.perf_counter() + limit_s
     while time.perf_counter() < until:
         begin, used = time.perf_counter(), time.process_time()
-        time.sleep(0.002)
+        time.sleep(_QUIET_S)
         if time.process_time() - used < 0.1 * (time.perf_counter() - begin):
             return
 
