@@ -51,6 +51,8 @@ SIZES = {
     "one-row": (6, 1, 17),
     "odd": (9, 5, 100),
     "blocks": (3, 13, 130),
+    "few-rows": (2, 13, 130),  # whose weights are not packed
+    "large": (1, 7, 1030),  # more weights than a cache holds
 }
 TINY = {
     "one-step-one-row": (1, 1, 7),
@@ -133,7 +135,7 @@ def test_more_than_65535_steps(cell: str) -> None:
 @every_cell
 def test_few_rows_without_packing_equal_the_packed_product(cell: str) -> None:
     """8 steps of one row leave the weights as they are, a ninth makes the kernel pack them."""
-    long = layer(cell, 9, 1, 3, 37)
+    long = layer(cell, 9, 1, 3, 31)
     short = long.having(x=long.get("x")[:8])
     torch.testing.assert_close(
         kernel_results(short)["output"], kernel_results(long)["output"][:8], rtol=1e-13, atol=1e-13
@@ -244,8 +246,9 @@ def test_threads_share_a_projection_of_few_rows_and_a_projected_state(threads) -
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @every_cell
 def test_a_rows_bits_do_not_depend_on_the_other_rows(cell: str, dtype: str) -> None:
-    """From 9 steps on: below that, how many rows there are decides how they are multiplied."""
-    together = layer(cell, 9, 13, 3, 37, dtype=DTYPES[dtype])
+    """From a quarter of H steps on: below that, how many rows there are decides how they are
+    multiplied."""
+    together = layer(cell, 10, 13, 3, 37, dtype=DTYPES[dtype])
     expected = kernel_results(together)
     states = ("h0", "c0") if cell == "lstm" else ("h0",)
     for row in (0, 6, 12):

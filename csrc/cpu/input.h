@@ -102,12 +102,12 @@ class InputGates {
   // `weights`: the rows of W_ih, in blocks like those of the recurrent matrix. With `apart`, a GRU
   // whose reset gate comes after: the input part of n is not what W_hn h starts from; that is
   // `apart` [H], and the former follows as a fourth vector.
-  InputGates(const Weights<S>& weights, Packing packing, int threads, const Steps& steps,
-             Split split, Arena& arena, const void* bias, const void* second,
-             int vectors_of_second = kMaxVectors, bool apart = false,
-             const void* bias_apart = nullptr)
+  InputGates(const Weights<S>& weights, int threads, const Steps& steps, Split split, Arena& arena,
+             const void* bias, const void* second, int vectors_of_second = kMaxVectors,
+             bool apart = false, const void* bias_apart = nullptr)
       : weights_(weights), more_(apart ? 1 : 0) {
-    weights_.reserve(arena, packing, threads, bias, second, vectors_of_second);
+    weights_.reserve(arena, packing(weights_, steps.sequence()), threads, bias, second,
+                     vectors_of_second);
     if (apart) {
       bias_apart_ = static_cast<const S*>(bias_apart);
       apart_ = arena.take<T>(weights_.blocks() * L);

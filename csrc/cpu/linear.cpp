@@ -37,7 +37,7 @@ class LinearTask {
         p_(p),
         ld_(operand_ld<S>(p.input)),
         w_(plain_rows<S>(p.w, p.units, p.input)) {
-    w_.reserve(arena, packing(steps.sequence()), p.threads);
+    w_.reserve(arena, packing(w_, steps.sequence()), p.threads);
     if (converts()) x_ = arena.take<X>(p.rows * ld_);
   }
 

@@ -70,6 +70,9 @@ constexpr int vectors_at_once(int nv, int rows) {
 constexpr int kMaxVectors = 4;
 constexpr int kRowsAtOnce = 48;  // whose sums, inputs and piece of the panel fit the L1 cache
 
+// Weights of so many bytes are not in the caches any more when they are read again.
+constexpr int64_t kFarBytes = int64_t(6) << 20;
+
 // Multiply-adds in one chain, at most. A float32 sum of a thousand terms in a single chain loses
 // three times the bits that a blocked one does; and this much of a panel stays near for all rows.
 constexpr int64_t kChain = 192;
@@ -443,6 +446,9 @@ struct Matrix {
   int64_t packed_depth() const { return kPairs<S> ? operand_ld<S>(depth) : depth; }
   int64_t panel_size() const { return packed_depth() * vectors * L; }
   int64_t panels_size() const { return blocks() * panel_size(); }
+  bool is_far() const {
+    return units * (gates ? vectors : 1) * depth * int64_t(sizeof(S)) >= kFarBytes;
+  }
   int64_t bias_size() const { return blocks() * vectors * L; }
 
   void pack(int64_t block, X* panel) const {
@@ -546,49 +552,103 @@ struct Matrix {
   void multiply_unpacked(int64_t block, int rows, const X* a, int64_t lda, Start<T> start,
                          T* acc) const {
     const int count = vectors_of(block);
-    for (int m = 0; m < rows; ++m, acc += count * L) {
+    for (int m = 0; m < rows; ++m) {
       const T* from = start.rows_from(m).data;
-      for (int v = 0; v < count; ++v) store(acc + v * L, from ? load(from + v * L) : Vec<T>{});
-      if (columns)
-        add_columns(block, a + m * lda, acc);
-      else
-        for (int v = 0; v < count; ++v) add_dots(block, v, a + m * lda, acc + v * L);
+      T* out = acc + m * count * L;
+      for (int v = 0; v < count; ++v) store(out + v * L, from ? load(from + v * L) : Vec<T>{});
+      if (columns) add_columns(block, a + m * lda, out);
     }
+    if (columns) return;
+    const int groups = int(ceil_div(rows, kDotRows));
+    for (int v = 0; v < count; ++v)
+      for (int64_t l = 0; l < lanes(block, v); l += kDots)
+        for (int g = 0; g < groups; ++g) {
+          const int begin = rows * g / groups, end = rows * (g + 1) / groups;
+          const X* x = a + begin * lda;
+          T* out = acc + (begin * count + v) * L;
+          if (g == 0 && is_far())
+            dot_rows<true>(end, x, lda, block, v, l, out, count * L);
+          else
+            dot_rows<false>(end - begin, x, lda, block, v, l, out, count * L);
+        }
   }
 
-  // x[k] .. and w[k] .. of one vector's width, of the first n numbers, multiplied and added to sum.
+  // One vector's width of factors, of the first n numbers.
+#if defined(__AVX512BF16__)
+  using Factors = std::conditional_t<kPairs<S>, Word, Vec<T>>;
+#else
+  using Factors = Vec<T>;
+#endif
   static constexpr int64_t kDotStep = kPairs<S> ? kTileDepth : L;
-  static RNNLM_INLINE Vec<T> dot(const X* x, const S* w, Vec<T> sum) {
+  template <class P>
+  static RNNLM_INLINE Factors factors(const P* p) {
 #if defined(__AVX512BF16__)
-    if constexpr (kPairs<S>) return dot_pairs(sum, load_pairs(x), load_pairs(w));
+    if constexpr (kPairs<S>) return load_pairs(p);
 #endif
-    if constexpr (!kPairs<S>) return fma(load(x), load(w), sum);
+    if constexpr (!kPairs<S>) return load(p);
   }
-  static RNNLM_INLINE Vec<T> dot(const X* x, const S* w, int64_t n, Vec<T> sum) {
+  template <class P>
+  static RNNLM_INLINE Factors factors(const P* p, int64_t n) {
 #if defined(__AVX512BF16__)
-    if constexpr (kPairs<S>) return dot_pairs(sum, load_pairs(x, n), load_pairs(w, n));
+    if constexpr (kPairs<S>) return load_pairs(p, n);
 #endif
-    if constexpr (!kPairs<S>) return fma(load(x, n), load(w, n), sum);
+    if constexpr (!kPairs<S>) return load(p, n);
+  }
+  static RNNLM_INLINE Vec<T> multiply_add(Factors x, Factors w, Vec<T> sum) {
+#if defined(__AVX512BF16__)
+    if constexpr (kPairs<S>) return dot_pairs(sum, x, w);
+#endif
+    if constexpr (!kPairs<S>) return fma(x, w, sum);
   }
 
-  // Dot products along the rows of w, four at a time.
-  void add_dots(int64_t block, int v, const X* x, T* out) const {
-    const int64_t whole = depth / kDotStep * kDotStep, n = lanes(block, v);
-    const S* first = w + line(block, v) * ld;
-    for (int64_t l = 0; l < n; l += 4) {
-      Vec<T> dots[4] = {};
-      const S* row[4];
+  // Dot products of MR rows of a with up to four rows of w, those of lane l of vector v and after,
+  // added to out[row][lane]. `far`: asks for the four rows behind them, which lie on other pages,
+  // where the CPU does not look ahead.
+  static constexpr int kDots = 4;
+  static constexpr int kDotRows = (kVectorRegisters - kDots - 1) / kDots;
+  template <bool far, int MR>
+  void dots(const X* x, int64_t ldx, int64_t block, int v, int64_t l, T* out,
+            int64_t out_step) const {
+    const int64_t whole = depth / kDotStep * kDotStep, n = min64(kDots, lanes(block, v) - l);
+    const S* row[kDots];
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) row[j] = first + min64(l + j, n - 1) * ld;
-      for (int64_t k = 0; k < whole; k += kDotStep)
+    for (int j = 0; j < kDots; ++j) row[j] = w + (line(block, v) + l + min64(j, n - 1)) * ld;
+    Vec<T> sums[MR][kDots] = {};
+    for (int64_t k = 0; k < whole; k += kDotStep) {
+      Factors y[kDots];
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) dots[j] = dot(x + k, row[j] + k, dots[j]);
-      if (whole < depth)
+      for (int j = 0; j < kDots; ++j) {
+        if constexpr (far) __builtin_prefetch(row[j] + kDots * ld + k, 0, 2);
+        y[j] = factors(row[j] + k);
+      }
+#pragma GCC unroll 8
+      for (int m = 0; m < MR; ++m) {
+        const Factors xm = factors(x + m * ldx + k);
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j)
-          dots[j] = dot(x + whole, row[j] + whole, depth - whole, dots[j]);
-      for (int j = 0; j < 4 && l + j < n; ++j) out[l + j] += sum<T>(dots[j]);
+        for (int j = 0; j < kDots; ++j) sums[m][j] = multiply_add(xm, y[j], sums[m][j]);
+      }
     }
+    if (const int64_t rest = depth - whole)
+#pragma GCC unroll 8
+      for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+        for (int j = 0; j < kDots; ++j)
+          sums[m][j] = multiply_add(factors(x + m * ldx + whole, rest),
+                                    factors(row[j] + whole, rest), sums[m][j]);
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m, out += out_step)
+      if (n == kDots)
+        add_sums<T>(sums[m], out + l);
+      else
+#pragma GCC unroll 4
+        for (int j = 0; j < kDots; ++j)
+          if (j < n) out[l + j] += sum<T>(sums[m][j]);
+  }
+  template <bool far, int MR = 1>
+  void dot_rows(int rows, const X* x, int64_t ldx, int64_t block, int v, int64_t l, T* out,
+                int64_t out_step) const {
+    if (rows == MR) return dots<far, MR>(x, ldx, block, v, l, out, out_step);
+    if constexpr (MR < kDotRows) dot_rows<far, MR + 1>(rows, x, ldx, block, v, l, out, out_step);
   }
 
   // Multiples of the rows of w, in the order of `chain`.

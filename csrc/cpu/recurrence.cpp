@@ -58,13 +58,12 @@ class LstmForwardTask {
         h_ld_(operand_ld<S>(width_)),
         c_ld_(operand_ld<S>(p.hidden)),
         input_(p.projection, steps, split(), arena),
-        input_gates_(gate_rows<S>(p.projection.w_ih, p.hidden, p.projection.input, 4),
-                     packing(p.seq), p.threads, steps, split(), arena, p.projection.b_ih, p.b_hh),
+        input_gates_(gate_rows<S>(p.projection.w_ih, p.hidden, p.projection.input, 4), p.threads,
+                     steps, split(), arena, p.projection.b_ih, p.b_hh),
         gates_(gate_rows<S>(p.w_hh, p.hidden, width_, 4)),
         project_(plain_rows<S>(p.w_hr, p.proj, p.hidden)) {
-    const Packing how = packing(p.seq);
-    gates_.reserve(arena, how, p.threads);
-    if (p.proj) project_.reserve(arena, how, p.threads);
+    gates_.reserve(arena, packing(gates_, p.seq), p.threads);
+    if (p.proj) project_.reserve(arena, packing(project_, p.seq), p.threads);
     for (X*& h : h_) h = arena.take<X>(p.seq.batch * h_ld_);
     c_ = arena.take<T>(p.seq.batch * c_ld_);
     if (p.proj) unprojected_ = arena.take<X>(p.seq.batch * c_ld_);
@@ -196,9 +195,8 @@ class LstmBackwardTask {
         r_ld_(operand_ld<S>(width_)),
         recurrent_(columns<S>(p.w_hh, width_, 4 * p.hidden)),
         unproject_(columns<S>(p.w_hr, p.hidden, p.proj)) {
-    const Packing how = packing(p.seq);
-    recurrent_.reserve(arena, how, p.threads);
-    if (p.proj) unproject_.reserve(arena, how, p.threads);
+    recurrent_.reserve(arena, packing(recurrent_, p.seq), p.threads);
+    if (p.proj) unproject_.reserve(arena, packing(unproject_, p.seq), p.threads);
     for (X*& d : dgates_) d = arena.take<X>(p.seq.batch * gate_ld_);
     dc_ = arena.take<T>(p.seq.batch * c_ld_);
     if (p.proj) dr_ = arena.take<X>(p.seq.batch * r_ld_);
@@ -346,17 +344,16 @@ class GruForwardTask {
         input_(p.projection, steps, split(), arena),
         input_gates_(
             gate_rows<S>(p.projection.w_ih, p.hidden, p.projection.input, p.reset_before ? 2 : 3),
-            packing(p.seq), p.threads, steps, split(), arena, p.projection.b_ih, p.b_hh, 2,
-            !p.reset_before, of_n(p.b_hh, 1)),
+            p.threads, steps, split(), arena, p.projection.b_ih, p.b_hh, 2, !p.reset_before,
+            of_n(p.b_hh, 1)),
         gates_(gate_rows<S>(p.w_hh, p.hidden, p.hidden, p.reset_before ? 2 : 3)) {
-    const Packing how = packing(p.seq);
-    gates_.reserve(arena, how, p.threads);
+    gates_.reserve(arena, packing(gates_, p.seq), p.threads);
     if (p.reset_before) {
       candidate_ = plain_rows<S>(of_n(p.w_hh, p.hidden), p.hidden, p.hidden);
-      candidate_.reserve(arena, how, p.threads);
+      candidate_.reserve(arena, packing(candidate_, p.seq), p.threads);
       input_candidate_.emplace(
           plain_rows<S>(of_n(p.projection.w_ih, p.projection.input), p.hidden, p.projection.input),
-          how, p.threads, steps, split(), arena, of_n(p.projection.b_ih, 1), of_n(p.b_hh, 1));
+          p.threads, steps, split(), arena, of_n(p.projection.b_ih, 1), of_n(p.b_hh, 1));
       rh_ = arena.take<X>(p.seq.batch * ld_);
       z_ = arena.take<T>(p.seq.batch * ld_);
     }
@@ -534,10 +531,9 @@ class GruBackwardTask {
         recurrent_(columns<S>(p.w_hh, p.hidden, depth_)),
         candidate_(columns<S>(static_cast<const S*>(p.w_hh) + 2 * p.hidden * p.hidden, p.hidden,
                               p.hidden)) {
-    const Packing how = packing(p.seq);
-    recurrent_.reserve(arena, how, p.threads);
+    recurrent_.reserve(arena, packing(recurrent_, p.seq), p.threads);
     if (p.reset_before) {
-      candidate_.reserve(arena, how, p.threads);
+      candidate_.reserve(arena, packing(candidate_, p.seq), p.threads);
       da_n_ = arena.take<X>(p.seq.batch * ld_);
     }
     for (X*& d : dgates_) d = arena.take<X>(p.seq.batch * gate_ld_);

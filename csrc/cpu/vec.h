@@ -136,6 +136,57 @@ RNNLM_INLINE float sum<float>(Vec<float> v) {
 }
 #endif
 
+// out[i] += sum(v[i]), i < 4, in the order of `sum`.
+template <class T>
+RNNLM_INLINE void add_sums(const Vec<T> (&v)[4], T* out) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) out[i] += sum<T>(v[i]);
+}
+#if defined(__AVX512F__)
+template <>
+RNNLM_INLINE void add_sums<float>(const Vec<float> (&v)[4], float* out) {
+  constexpr __mmask16 every = 0xffff;  // GCC warns of the forms without a mask
+  const auto halves = [](Vec<float> a, Vec<float> b) {
+    return _mm512_add_ps(_mm512_maskz_shuffle_f32x4(every, (__m512)a, (__m512)b, 0x44),
+                         _mm512_maskz_shuffle_f32x4(every, (__m512)a, (__m512)b, 0xee));
+  };
+  const __m512 v01 = halves(v[0], v[1]), v23 = halves(v[2], v[3]);
+  __m512 quarters = _mm512_add_ps(_mm512_maskz_shuffle_f32x4(every, v01, v23, 0x88),
+                                  _mm512_maskz_shuffle_f32x4(every, v01, v23, 0xdd));
+  quarters = _mm512_add_ps(quarters, _mm512_maskz_permute_ps(every, quarters, 0x4e));
+  quarters = _mm512_add_ps(quarters, _mm512_maskz_permute_ps(every, quarters, 0xb1));
+  const __m512 sums = _mm512_maskz_compress_ps(0x1111, quarters);
+  _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), _mm512_maskz_extractf32x4_ps(0xf, sums, 0)));
+}
+#elif defined(__AVX2__)
+template <>
+RNNLM_INLINE void add_sums<float>(const Vec<float> (&v)[4], float* out) {
+  const auto halves = [](Vec<float> a, Vec<float> b) {
+    return _mm256_add_ps(_mm256_permute2f128_ps((__m256)a, (__m256)b, 0x20),
+                         _mm256_permute2f128_ps((__m256)a, (__m256)b, 0x31));
+  };
+  const __m256 v01 = halves(v[0], v[1]), v23 = halves(v[2], v[3]);
+  const __m256 quarters = _mm256_add_ps(_mm256_shuffle_ps(v01, v23, 0x44),  // of 0 2, 1 3
+                                        _mm256_shuffle_ps(v01, v23, 0xee));
+  const __m256 sums = _mm256_add_ps(_mm256_shuffle_ps(quarters, quarters, 0x88),
+                                    _mm256_shuffle_ps(quarters, quarters, 0xdd));
+  const __m128 in_turn =
+      _mm_unpacklo_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), in_turn));
+}
+#elif defined(__aarch64__)
+template <>
+RNNLM_INLINE void add_sums<float>(const Vec<float> (&v)[4], float* out) {
+  const auto halves = [](Vec<float> a, Vec<float> b) {
+    const float32x4_t x = (float32x4_t)a, y = (float32x4_t)b;
+    return vcombine_f32(vadd_f32(vget_low_f32(x), vget_high_f32(x)),
+                        vadd_f32(vget_low_f32(y), vget_high_f32(y)));
+  };
+  const float32x4_t sums = vpaddq_f32(halves(v[0], v[1]), halves(v[2], v[3]));
+  vst1q_f32(out, vaddq_f32(vld1q_f32(out), sums));
+}
+#endif
+
 // --- 16-bit conversions --------------------------------------------------------------------------
 
 typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));  // kLanes<float> halves

@@ -9,9 +9,23 @@ namespace rnnlm::cpu::RNNLM_ISA {
 // Packing reads and writes every weight once; that pays from a few products on. Of a single step
 // each block is packed right before it is used: its panel is read back from the cache.
 enum class Packing { none, at_use, ahead };
-inline Packing packing(const Sequence& seq) {
-  if (seq.steps == 1) return seq.batch > 4 ? Packing::at_use : Packing::none;
-  return seq.steps * ceil_div(seq.batch, 4) > 8 ? Packing::ahead : Packing::none;
+template <class S>
+Packing packing(const Matrix<S>& m, const Sequence& seq) {
+#if defined(__AMX_BF16__)
+  constexpr bool tiles = kPairs<S>;
+#else
+  constexpr bool tiles = false;
+#endif
+  bool pays;
+  if (m.columns || tiles) {
+    pays = seq.steps == 1 ? seq.batch > 4 : seq.steps * ceil_div(seq.batch, 4) > 8;
+  } else {
+    // Dot products read the rows of w as they are and are as fast, but for the lanes of each, which
+    // are added up in the end: for so many rows that is what packing costs.
+    constexpr int64_t part = kPairs<S> || kVectorRegisters < 32 ? 8 : 4;
+    pays = seq.steps * seq.batch > max64(8, m.depth / part);
+  }
+  return !pays ? Packing::none : seq.steps == 1 ? Packing::at_use : Packing::ahead;
 }
 
 // A weight matrix together with the workspace of its packed form.
@@ -19,7 +33,7 @@ template <class S>
 struct Weights : Matrix<S> {
   using T = Arithmetic<S>;
   using X = Operand<S>;
-  Packing packing = Packing::none;
+  Packing packed = Packing::none;
   X* panels = nullptr;  // one for every block, or, where packed at use, for every thread
   T* bias_space = nullptr;
   const S *raw_bias = nullptr, *second_bias = nullptr;
@@ -28,7 +42,7 @@ struct Weights : Matrix<S> {
   // Sums start from `bias`, and those of the first `vectors_of_second` gates also from `second`.
   void reserve(Arena& arena, Packing how, int threads, const void* bias = nullptr,
                const void* second = nullptr, int vectors_of_second = kMaxVectors) {
-    packing = how;
+    packed = how;
     raw_bias = static_cast<const S*>(bias);
     second_bias = static_cast<const S*>(second);
     second_vectors = vectors_of_second;
@@ -42,7 +56,7 @@ struct Weights : Matrix<S> {
     const Range blocks = place.split.row_groups == 1 ? place.blocks(this->blocks())
                                                      : place.everything(this->blocks());
     for (int64_t b = blocks.begin; b < blocks.end; ++b) {
-      if (packing == Packing::ahead) Matrix<S>::pack(b, panels + b * this->panel_size());
+      if (packed == Packing::ahead) Matrix<S>::pack(b, panels + b * this->panel_size());
       if (bias_space)
         this->pack_bias(b, raw_bias, second_bias, second_vectors,
                         bias_space + b * this->vectors * kLanes<T>);
@@ -50,7 +64,7 @@ struct Weights : Matrix<S> {
   }
   // Where this thread finds a block packed. `now`: it has to be, if it is not ahead.
   const X* panel(const Place& place, int64_t block, bool now = false) const {
-    if (packing != Packing::at_use) return panels ? panels + block * this->panel_size() : nullptr;
+    if (packed != Packing::at_use) return panels ? panels + block * this->panel_size() : nullptr;
     X* own = panels + place.thread * this->panel_size();
     if (now) Matrix<S>::pack(block, own);
     return own;
