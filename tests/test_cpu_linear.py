@@ -267,7 +267,10 @@ def test_strides_of_what_a_caller_gives_do_not_matter(cell: str) -> None:
 # --- the head -------------------------------------------------------------------------------------
 
 # [N, I, V]: rows that are read unpacked, few, many; columns or rows for each thread.
-HEADS = ((1, 1, 1), (3, 5, 7), (4, 130, 100), (37, 20, 101), (160, 300, 77), (520, 70, 33))
+HEADS = (
+    *((1, 1, 1), (3, 5, 7), (4, 130, 100), (37, 20, 101), (160, 300, 77), (520, 70, 33)),
+    (13, 70, 1500),  # gradients of x in pieces
+)
 
 
 def check_head(dtypes: Sequence[torch.dtype] = tuple(DTYPES.values())) -> None:

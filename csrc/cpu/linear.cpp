@@ -24,6 +24,10 @@ constexpr int64_t kChunkRows = 512;
 // Rows of the gates' gradients that the product with W_ih takes at once.
 constexpr int64_t kInputGradRows = 2 * kRowsAtOnce;
 
+// Chains of a gradient of x whose weights and gates' gradients are at hand while its columns are
+// computed, where a thread computes only some.
+constexpr int64_t kPieceChains = 3;
+
 template <class S>
 class LinearTask {
   using T = Arithmetic<S>;
@@ -36,7 +40,7 @@ class LinearTask {
       : steps({1, p.rows, nullptr, false}, arena),
         p_(p),
         ld_(operand_ld<S>(p.input)),
-        w_(plain_rows<S>(p.w, p.units, p.input)) {
+        w_(plain_rows<S>(p.w, p.units, p.input, split().unit_groups)) {
     w_.reserve(arena, packing(w_, steps.sequence()), p.threads);
     if (converts()) x_ = arena.take<X>(p.rows * ld_);
   }
@@ -111,15 +115,17 @@ class LayerGradientsTask {
         chunk_rows_(min64(kChunkRows, p.rows)),
         left_ld_(operand_ld<S>(chunk_rows_)),
         gates_ld_(operand_ld<S>(p.gates * p.hidden)),
-        w_ih_(columns<S>(p.w_ih, p.input, p.gates * p.hidden)) {
+        w_ih_(columns<S>(p.w_ih, p.input, p.gates * p.hidden, 1)) {
     const int64_t H = p.hidden, R = p.proj ? p.proj : H, threads = p.threads;
     if (p.dx) {
-      const bool few = rows_ <= 4;
-      w_ih_.reserve(arena,
-                    few             ? Packing::none
-                    : shares_rows() ? Packing::ahead
-                                    : Packing::at_use,
-                    p.threads);
+      if (!shares_rows()) {
+        w_ih_.parts = split().unit_groups;
+        if (rows_ > 4) {
+          panels_ = arena.take<X>(threads * kPieceChains * kChain * kMaxVectors * L);
+          sums_ = arena.take<T>(w_ih_.blocks() * rows_ * kMaxVectors * L);
+        }
+      }
+      w_ih_.reserve(arena, shares_rows() && rows_ > 4 ? Packing::ahead : Packing::none, p.threads);
       const int64_t copied = shares_rows() ? threads * kInputGradRows : rows_;
       if (converts()) dgates_ = arena.take<X>(copied * gates_ld_);
     }
@@ -220,7 +226,11 @@ class LayerGradientsTask {
         copy_operand<S>(dgates, width, team.everything(rows_), dgates_, gates_ld_);
         team.meet_all();
       }
-      multiply_by_w_ih(team, converts() ? dgates_ : reinterpret_cast<const X*>(dgates), {0, rows_});
+      const X* rows = converts() ? dgates_ : reinterpret_cast<const X*>(dgates);
+      if (panels_)
+        multiply_in_pieces(team, rows);
+      else
+        multiply_by_w_ih(team, rows, {0, rows_});
       return;
     }
     Place place = team;
@@ -244,6 +254,45 @@ class LayerGradientsTask {
                     [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
                       store_flushing(dx + row * p_.input + unit, load(sums) * scale_, lanes);
                     });
+  }
+
+  // All rows by this thread's columns, some terms of all sums after others.
+  void multiply_in_pieces(const Place& place, const X* dgates) {
+    alignas(64) T acc[kRowsAtOnce * kMaxVectors * L];
+    X* panel = panels_ + place.thread * kPieceChains * kChain * kMaxVectors * L;
+    const Range blocks = place.blocks(w_ih_.blocks());
+    const int64_t depth = w_ih_.depth, at_once = rows_at_once<S>(rows_);
+    const int64_t length = kPieceChains * w_ih_.chain_terms();
+    S* dx = static_cast<S*>(p_.dx);
+    for (int64_t k = 0; k < depth; k += length) {
+      Matrix<S> piece = w_ih_;
+      piece.w += k * piece.ld;
+      piece.depth = min64(length, depth - k);
+      piece.terms = depth;
+      for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+        const int vectors = piece.vectors_of(b);
+        const int64_t step = vectors * L, unit = piece.unit(b, 0);
+        T* sums = sums_ + b * rows_ * kMaxVectors * L;
+        // What is packed next: the next columns, or the first ones' next terms.
+        const int64_t ahead =
+            b + 1 < blocks.end ? step : length * piece.ld + piece.unit(blocks.begin, 0) - unit;
+        piece.pack(b, panel, ahead);
+        for (int64_t row = 0; row < rows_; row += at_once) {
+          const int count = int(min64(at_once, rows_ - row));
+          const Start<T> start = {k ? sums + row * step : nullptr, step};
+          piece.multiply(*place.tiles, b, panel, panel, count, dgates + row * gates_ld_ + k,
+                         gates_ld_, start, acc);
+          const T* sum = acc;
+          for (int i = 0; i < count; ++i)
+            for (int v = 0; v < vectors; ++v, sum += L)
+              if (k + length < depth)
+                store(sums + (row + i) * step + v * L, load(sum));
+              else
+                store_flushing(dx + (row + i) * p_.input + unit + v * L, load(sum) * scale_,
+                               min64(L, p_.input - unit - v * L));
+        }
+      }
+    }
   }
 
   // This thread's share of the panels of a chunk.
@@ -386,6 +435,8 @@ class LayerGradientsTask {
   int64_t left_ld_;   // of transposed_
   int64_t gates_ld_;  // of dgates_
   Weights<S> w_ih_;
+  X* panels_ = nullptr;  // [threads][terms of a piece][vectors][L]
+  T* sums_ = nullptr;    // [blocks][rows][vectors][L]
   X* dgates_ = nullptr;  // [threads][kInputGradRows][gates_ld_], where products cannot read dgates
   Right x_, h_, other_;  // other_: h before a projection, or a GRU's r * h
   Left left_[3];

@@ -152,13 +152,13 @@ RNNLM_INLINE void chain_rows(int rows, const T* a, int64_t lda, int64_t K, const
   }
 }
 
-// Sums of `rows` rows of a with one panel. `next` is the panel that will be wanted after it.
+// Sums of `rows` rows of a with one panel, in chains of `length`. `next` is the panel that will be
+// wanted after it.
 template <class T, int NV>
 void product(int rows, const T* a, int64_t lda, int64_t K, const T* panel, const T* next,
-             Start<T> start, T* acc, Destination destination) {
+             Start<T> start, T* acc, Destination destination, int64_t length) {
   constexpr int L = kLanes<T>;
   const int groups = int(ceil_div(rows, max_rows(NV)));  // of nearly equal size
-  const int64_t length = chain_length(K, 4);
   for (int64_t k = 0; k == 0 || k < K; k += length) {
     const T* ahead = k + length < K ? panel + (k + length) * NV * L : next;
     for (int g = 0; g < groups; ++g) {
@@ -428,10 +428,16 @@ struct Matrix {
   int vectors = 1;                      // NV, at most
   int64_t units = 0;                    // outputs (of one gate)
   int64_t depth = 0;                    // K
+  int64_t terms = 0;                    // of whole sums, where this is a part of one, or 0
+  int64_t parts = 1;                    // that the blocks are to be divided into; not with gates
   const T* bias = nullptr;              // packed [blocks][NV][L] or null
 
   const S* row(int64_t k) const { return scattered ? scattered[k] : w + k * ld; }
-  int64_t blocks() const { return ceil_div(units, gates ? L : L * vectors); }
+  int64_t blocks() const {
+    if (gates) return ceil_div(units, L);
+    const int64_t most = ceil_div(units, L), least = ceil_div(most, vectors);
+    return min64(ceil_div(least, parts) * parts, most);
+  }
   // Without gates: vectors before a block. All blocks have nearly the same number.
   int64_t first_vector(int64_t block) const { return ceil_div(units, L) * block / blocks(); }
   int64_t unit(int64_t block, int v) const { return L * (gates ? block : first_vector(block) + v); }
@@ -443,6 +449,9 @@ struct Matrix {
   int64_t line(int64_t block, int v) const {
     return gates ? v * units + block * L : unit(block, v);
   }
+  int64_t chain_terms() const {
+    return kPairs<S> ? kChain : chain_length(terms ? terms : depth, 4);
+  }
   int64_t packed_depth() const { return kPairs<S> ? operand_ld<S>(depth) : depth; }
   int64_t panel_size() const { return packed_depth() * vectors * L; }
   int64_t panels_size() const { return blocks() * panel_size(); }
@@ -451,22 +460,31 @@ struct Matrix {
   }
   int64_t bias_size() const { return blocks() * vectors * L; }
 
-  void pack(int64_t block, X* panel) const {
+  // With `columns` it asks for numbers that are to be packed next, so far behind in w: they are
+  // pieces of many rows, too short for the CPU to look ahead.
+  void pack(int64_t block, X* panel) const { pack(block, panel, vectors * L); }
+  void pack(int64_t block, X* panel, int64_t ahead) const {
     if constexpr (kPairs<S>)
-      return pack_pairs(block, panel);
+      return pack_pairs(block, panel, ahead);
     else
-      return pack_numbers(block, panel);
+      return pack_numbers(block, panel, ahead);
   }
 
-  void pack_numbers(int64_t block, T* panel) const {
+  void pack_numbers(int64_t block, T* panel, int64_t ahead) const {
+    if (columns) {
+      const int count = vectors_of(block);
+      for (int64_t k = 0; k < depth; ++k)
+        for (int v = 0; v < count; ++v, panel += L) {
+          const S* from = row(k) + line(block, v);
+          __builtin_prefetch(from + ahead, 0, 2);
+          store(panel, load(from, lanes(block, v)));
+        }
+      return;
+    }
     for (int v = 0; v < vectors_of(block); ++v) {
       const int64_t n = lanes(block, v), first = line(block, v);
       T* out = panel + v * L;
       const int64_t step = vectors_of(block) * L;
-      if (columns) {
-        for (int64_t k = 0; k < depth; ++k) store(out + k * step, load(row(k) + first, n));
-        continue;
-      }
       for (int64_t k0 = 0; k0 < depth; k0 += L) {
         const int64_t kn = min64(L, depth - k0);
         Vec<T> tile[L] = {};
@@ -477,7 +495,7 @@ struct Matrix {
     }
   }
 
-  void pack_pairs(int64_t block, S* panel) const {
+  void pack_pairs(int64_t block, S* panel, int64_t ahead) const {
     for (int64_t k0 = 0; k0 < packed_depth(); k0 += kTileDepth) {
       const int64_t kn = min64(kTileDepth, depth - k0);
       for (int v = 0; v < vectors_of(block); ++v, panel += kTileSize) {
@@ -485,9 +503,13 @@ struct Matrix {
         if (columns) {
           for (int64_t k = 0; k < kTileDepth; k += 2) {
             Word pairs = {};
-            if (k < kn)
-              pairs =
-                  load_rows(row(k0 + k) + first, k + 1 < kn ? row(k0 + k + 1) + first : nullptr, n);
+            if (k < kn) {
+              const S* one = row(k0 + k) + first;
+              const S* two = k + 1 < kn ? row(k0 + k + 1) + first : nullptr;
+              __builtin_prefetch(one + ahead, 0, 2);
+              if (two) __builtin_prefetch(two + ahead, 0, 2);
+              pairs = load_rows(one, two, n);
+            }
             memcpy(panel + k * L, &pairs, sizeof pairs);
           }
         } else {
@@ -545,7 +567,7 @@ struct Matrix {
       return pair_product<NV>(rows, a, lda, packed_depth(), panel, next, start, acc, destination);
 #endif
     if constexpr (!kPairs<S>)
-      product<T, NV>(rows, a, lda, depth, panel, next, start, acc, destination);
+      product<T, NV>(rows, a, lda, depth, panel, next, start, acc, destination, chain_terms());
   }
 
   // For so few rows in all that packing would cost more than it saves.

@@ -61,7 +61,7 @@ class LstmForwardTask {
         input_gates_(gate_rows<S>(p.projection.w_ih, p.hidden, p.projection.input, 4), p.threads,
                      steps, split(), arena, p.projection.b_ih, p.b_hh),
         gates_(gate_rows<S>(p.w_hh, p.hidden, width_, 4)),
-        project_(plain_rows<S>(p.w_hr, p.proj, p.hidden)) {
+        project_(plain_rows<S>(p.w_hr, p.proj, p.hidden, split().unit_groups)) {
     gates_.reserve(arena, packing(gates_, p.seq), p.threads);
     if (p.proj) project_.reserve(arena, packing(project_, p.seq), p.threads);
     for (X*& h : h_) h = arena.take<X>(p.seq.batch * h_ld_);
@@ -193,8 +193,8 @@ class LstmBackwardTask {
         gate_ld_(operand_ld<S>(4 * p.hidden)),
         c_ld_(ceil_div(p.hidden, L) * L),
         r_ld_(operand_ld<S>(width_)),
-        recurrent_(columns<S>(p.w_hh, width_, 4 * p.hidden)),
-        unproject_(columns<S>(p.w_hr, p.hidden, p.proj)) {
+        recurrent_(columns<S>(p.w_hh, width_, 4 * p.hidden, split().unit_groups)),
+        unproject_(columns<S>(p.w_hr, p.hidden, p.proj, split().unit_groups)) {
     recurrent_.reserve(arena, packing(recurrent_, p.seq), p.threads);
     if (p.proj) unproject_.reserve(arena, packing(unproject_, p.seq), p.threads);
     for (X*& d : dgates_) d = arena.take<X>(p.seq.batch * gate_ld_);
@@ -349,11 +349,13 @@ class GruForwardTask {
         gates_(gate_rows<S>(p.w_hh, p.hidden, p.hidden, p.reset_before ? 2 : 3)) {
     gates_.reserve(arena, packing(gates_, p.seq), p.threads);
     if (p.reset_before) {
-      candidate_ = plain_rows<S>(of_n(p.w_hh, p.hidden), p.hidden, p.hidden);
+      const int64_t parts = split().unit_groups;
+      candidate_ = plain_rows<S>(of_n(p.w_hh, p.hidden), p.hidden, p.hidden, parts);
       candidate_.reserve(arena, packing(candidate_, p.seq), p.threads);
-      input_candidate_.emplace(
-          plain_rows<S>(of_n(p.projection.w_ih, p.projection.input), p.hidden, p.projection.input),
-          p.threads, steps, split(), arena, of_n(p.projection.b_ih, 1), of_n(p.b_hh, 1));
+      input_candidate_.emplace(plain_rows<S>(of_n(p.projection.w_ih, p.projection.input), p.hidden,
+                                             p.projection.input, parts),
+                               p.threads, steps, split(), arena, of_n(p.projection.b_ih, 1),
+                               of_n(p.b_hh, 1));
       rh_ = arena.take<X>(p.seq.batch * ld_);
       z_ = arena.take<T>(p.seq.batch * ld_);
     }
@@ -528,9 +530,9 @@ class GruBackwardTask {
         ld_(operand_ld<S>(p.hidden)),
         depth_((p.reset_before ? 2 : 3) * p.hidden),
         gate_ld_(operand_ld<S>(depth_)),
-        recurrent_(columns<S>(p.w_hh, p.hidden, depth_)),
+        recurrent_(columns<S>(p.w_hh, p.hidden, depth_, split().unit_groups)),
         candidate_(columns<S>(static_cast<const S*>(p.w_hh) + 2 * p.hidden * p.hidden, p.hidden,
-                              p.hidden)) {
+                              p.hidden, split().unit_groups)) {
     recurrent_.reserve(arena, packing(recurrent_, p.seq), p.threads);
     if (p.reset_before) {
       candidate_.reserve(arena, packing(candidate_, p.seq), p.threads);

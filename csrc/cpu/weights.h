@@ -22,7 +22,7 @@ Packing packing(const Matrix<S>& m, const Sequence& seq) {
   } else {
     // Dot products read the rows of w as they are and are as fast, but for the lanes of each, which
     // are added up in the end: for so many rows that is what packing costs.
-    constexpr int64_t part = kPairs<S> || kVectorRegisters < 32 ? 8 : 4;
+    constexpr int64_t part = kPairs<S> || kVectorRegisters < 32 ? 8 : 5;
     pays = seq.steps * seq.batch > max64(8, m.depth / part);
   }
   return !pays ? Packing::none : seq.steps == 1 ? Packing::at_use : Packing::ahead;
@@ -179,9 +179,11 @@ Weights<S> gate_rows(const void* w, int64_t hidden, int64_t depth, int gates) {
   m.units = hidden;
   return m;
 }
+// `parts`: how many threads share the units.
 template <class S>
-Weights<S> plain_rows(const void* w, int64_t units, int64_t depth) {
+Weights<S> plain_rows(const void* w, int64_t units, int64_t depth, int64_t parts) {
   Weights<S> m;
+  m.parts = parts;
   m.w = static_cast<const S*>(w);
   m.ld = m.depth = depth;
   m.vectors = kMaxVectors;
@@ -190,8 +192,9 @@ Weights<S> plain_rows(const void* w, int64_t units, int64_t depth) {
 }
 // out[u] = sum_k a[k] w[k][u], w [depth, units]
 template <class S>
-Weights<S> columns(const void* w, int64_t units, int64_t depth) {
+Weights<S> columns(const void* w, int64_t units, int64_t depth, int64_t parts) {
   Weights<S> m;
+  m.parts = parts;
   m.w = static_cast<const S*>(w);
   m.ld = m.units = units;
   m.depth = depth;

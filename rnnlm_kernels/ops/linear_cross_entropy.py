@@ -30,8 +30,9 @@ from .. import backends, dispatch
 from .planning import are_batched, must_be_plain, nobody_watches
 
 # Rows of a chunk: GEMMs on fewer are slower; of more the logits leave the cache, and the memory is
-# more than a quarter of the unfused head's. 16-bit dtypes take four times as many.
-ROWS = 160
+# more than a quarter of the unfused head's. 16-bit dtypes take more.
+ROWS = 256
+ROWS_16_BIT = 640
 # Small vocabularies: as many rows as have logits of this size. Cutting them gains nothing.
 SMALL_BYTES = 4 << 20
 # Chunks whose weight gradients bfloat16 adds up before the sum goes to float32: four roundings of
@@ -64,8 +65,9 @@ def kept(dtype: torch.dtype) -> torch.dtype:
 def chunk_rows(rows: int, classes: int, itemsize: int, device_type: str) -> int:
     """How many rows are taken at a time: chosen by the size of their logits, in equal shares."""
     if device_type == "cpu":
-        # A quarter, so that few rows are less memory too.
-        most = min(ROWS * (4 if itemsize == 2 else 1), max(FEWEST_ROWS, -(-rows // 4)))
+        # A part, so that few rows are less memory too.
+        least = -(-rows // (4 if itemsize == 2 else 3))
+        most = min(ROWS_16_BIT if itemsize == 2 else ROWS, max(FEWEST_ROWS, least))
         most = max(most, SMALL_BYTES // (classes * itemsize))
         size, fewest = CHUNK_BYTES, FEWEST_ROWS
     else:
