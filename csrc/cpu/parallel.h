@@ -56,7 +56,8 @@ void divide(int came, const int* asked, int count, Crew* crews);
 
 // Has the system map memory that is about to be written, part `part` of `parts` of it. Otherwise it
 // is mapped page by page, and where two threads first write to a page at the same moment, each has
-// one cleared. Does nothing for small memory, or where the system does not know how.
+// one cleared. Does nothing where the memory is small or mapped already, or where the system does
+// not know how.
 void map_pages(void* memory, int64_t bytes, int part, int parts);
 
 // Where `parallel` gets its threads from: the name of the runtime's library, or "std::thread".
