@@ -246,7 +246,7 @@ def test_threads_share_a_projection_of_few_rows_and_a_projected_state(threads) -
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @every_cell
 def test_a_rows_bits_do_not_depend_on_the_other_rows(cell: str, dtype: str) -> None:
-    """From a quarter of H steps on: below that, how many rows there are decides how they are
+    """From a fifth of H steps on: below that, how many rows there are decides how they are
     multiplied."""
     together = layer(cell, 10, 13, 3, 37, dtype=DTYPES[dtype])
     expected = kernel_results(together)
