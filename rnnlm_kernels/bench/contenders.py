@@ -57,8 +57,8 @@ class Contender:
         compile_limit_s: it compiles when it first runs, and may take this long.
         observed: names, from a step of it, the kernel that runs; takes the place of ``plan``.
         differentiable: whether it may be asked for gradients.
-        spins: its threads go on running for a while after a call, and are given time to stop before
-            somebody else's time is taken.
+        spins: it has threads of its own, which go on running for a while after a call: beside it
+            everybody waits until all threads sleep before a sample.
     """
 
     name: str

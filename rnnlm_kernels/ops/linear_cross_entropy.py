@@ -66,8 +66,8 @@ def chunk_rows(rows: int, classes: int, itemsize: int, device_type: str) -> int:
     """How many rows are taken at a time: chosen by the size of their logits, in equal shares."""
     if device_type == "cpu":
         # A part, so that few rows are less memory too.
-        least = -(-rows // (4 if itemsize == 2 else 3))
-        most = min(ROWS_16_BIT if itemsize == 2 else ROWS, max(FEWEST_ROWS, least))
+        part = -(-rows // (4 if itemsize == 2 else 3))
+        most = min(ROWS_16_BIT if itemsize == 2 else ROWS, max(FEWEST_ROWS, part))
         most = max(most, SMALL_BYTES // (classes * itemsize))
         size, fewest = CHUNK_BYTES, FEWEST_ROWS
     else:
