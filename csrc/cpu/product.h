@@ -51,6 +51,12 @@ int64_t operand_ld(int64_t depth) {
   return ceil_div(depth, unit) * unit;
 }
 
+// Whether a product can read the rows of a [.., depth] tensor as they are.
+template <class S>
+bool is_operand(int64_t depth) {
+  return sizeof(S) == sizeof(Operand<S>) && (!kPairs<S> || operand_ld<S>(depth) == depth);
+}
+
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kVectorRegisters = 32;
 #else
@@ -472,13 +478,18 @@ struct Matrix {
 
   void pack_numbers(int64_t block, T* panel, int64_t ahead) const {
     if (columns) {
-      const int count = vectors_of(block);
-      for (int64_t k = 0; k < depth; ++k)
-        for (int v = 0; v < count; ++v, panel += L) {
-          const S* from = row(k) + line(block, v);
+      const int last = vectors_of(block) - 1;
+      const int64_t first = line(block, 0), lanes_of_last = lanes(block, last);
+      for (int64_t k = 0; k < depth; ++k) {
+        const S* from = row(k) + first;
+        for (int v = 0; v < last; ++v, from += L, panel += L) {
           __builtin_prefetch(from + ahead, 0, 2);
-          store(panel, load(from, lanes(block, v)));
+          store(panel, load(from));
         }
+        __builtin_prefetch(from + ahead, 0, 2);
+        store(panel, load(from, lanes_of_last));
+        panel += L;
+      }
       return;
     }
     for (int v = 0; v < vectors_of(block); ++v) {
@@ -487,10 +498,20 @@ struct Matrix {
       const int64_t step = vectors_of(block) * L;
       for (int64_t k0 = 0; k0 < depth; k0 += L) {
         const int64_t kn = min64(L, depth - k0);
-        Vec<T> tile[L] = {};
-        for (int64_t l = 0; l < n; ++l) tile[l] = load(w + (first + l) * ld + k0, kn);
+        const S* from = w + first * ld + k0;
+        Vec<T> tile[L];
+        if (n == L && kn == L)
+#pragma GCC unroll 16
+          for (int l = 0; l < L; ++l) tile[l] = load(from + l * ld);
+        else
+          for (int l = 0; l < L; ++l) tile[l] = l < n ? load(from + l * ld, kn) : Vec<T>{};
         transpose<T>(tile);
-        for (int64_t k = 0; k < kn; ++k) store(out + (k0 + k) * step, tile[k]);
+        T* to = out + k0 * step;
+        if (kn == L)
+#pragma GCC unroll 16
+          for (int k = 0; k < L; ++k) store(to + k * step, tile[k]);
+        else
+          for (int k = 0; k < kn; ++k) store(to + k * step, tile[k]);
       }
     }
   }
@@ -514,9 +535,14 @@ struct Matrix {
           }
         } else {
           // Pairs of bfloat16 move as words.
-          Vec<float> rows[L] = {};
-          for (int64_t l = 0; l < n; ++l)
-            rows[l] = (Vec<float>)load_pairs(w + (first + l) * ld + k0, kn);
+          const S* from = w + first * ld + k0;
+          Vec<float> rows[L];
+          if (n == L && kn == kTileDepth)
+#pragma GCC unroll 16
+            for (int l = 0; l < L; ++l) rows[l] = (Vec<float>)load_pairs(from + l * ld);
+          else
+            for (int l = 0; l < L; ++l)
+              rows[l] = l < n ? (Vec<float>)load_pairs(from + l * ld, kn) : Vec<float>{};
           transpose<float>(rows);
           for (int64_t k = 0; k < L; ++k) memcpy(panel + k * 2 * L, &rows[k], sizeof rows[k]);
         }

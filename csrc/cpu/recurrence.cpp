@@ -13,7 +13,8 @@
 // is not in a step is not touched: cost is proportional to the valid steps.
 //
 // What a product reads (h, and backward the gradients of the gates) is stored as the product wants
-// it, bfloat16 where the CPU multiplies that (product.h); c and a GRU's own h stay float32.
+// it, bfloat16 where the CPU multiplies that (product.h); an LSTM's gradients not twice, where the
+// product can read them from the tensor that they are left in. c and a GRU's own h stay float32.
 //
 // Arithmetic per element is the same for any number of threads, so results are the same bits.
 // Backward runs one iteration more than there are steps, for dh0 and dc0, unless nobody wants them.
@@ -189,15 +190,17 @@ class LstmBackwardTask {
       : steps(p.seq, arena),
         p_(p),
         wants_initial_(p.dh0 != nullptr),
+        reads_dgates_(is_operand<S>(4 * p.hidden)),
         width_(p.proj ? p.proj : p.hidden),
-        gate_ld_(operand_ld<S>(4 * p.hidden)),
+        gate_ld_(reads_dgates_ ? 4 * p.hidden : operand_ld<S>(4 * p.hidden)),
         c_ld_(ceil_div(p.hidden, L) * L),
         r_ld_(operand_ld<S>(width_)),
         recurrent_(columns<S>(p.w_hh, width_, 4 * p.hidden, split().unit_groups)),
         unproject_(columns<S>(p.w_hr, p.hidden, p.proj, split().unit_groups)) {
     recurrent_.reserve(arena, packing(recurrent_, p.seq), p.threads);
     if (p.proj) unproject_.reserve(arena, packing(unproject_, p.seq), p.threads);
-    for (X*& d : dgates_) d = arena.take<X>(p.seq.batch * gate_ld_);
+    if (!reads_dgates_)
+      for (X*& d : dgates_) d = arena.take<X>(p.seq.batch * gate_ld_);
     dc_ = arena.take<T>(p.seq.batch * c_ld_);
     if (p.proj) dr_ = arena.take<X>(p.seq.batch * r_ld_);
   }
@@ -214,7 +217,8 @@ class LstmBackwardTask {
     if (p_.proj) unproject_.pack(place);
     const Range mine = place.everything(steps.batch());
     copy_rows<S>(p_.grad_c_n, p_.hidden, mine, dc_, c_ld_);
-    for (X* d : dgates_) clear_operand<S>(mine, d, gate_ld_);
+    if (!reads_dgates_)
+      for (X* d : dgates_) clear_operand<S>(mine, d, gate_ld_);
     if (p_.proj) clear_operand<S>(mine, dr_, r_ld_);
     place.meet_all();
     int64_t next_rows = 0;  // rows of the step that forward took after this one
@@ -224,25 +228,17 @@ class LstmBackwardTask {
       if (last && !wants_initial_) break;
       const int64_t t = last ? 0 : steps.backward_step(s);
       const int64_t rows = last ? 0 : steps.rows(t), ahead = steps.ahead_in_backward(s);
-      const X* next = dgates_[s & 1];
+      const X* next = reads_dgates_ ? dgates_of(s - 1) : dgates_[s & 1];
       X* own = dgates_[(s + 1) & 1];
-
-      const auto arrive = [&](int64_t row, int64_t unit, int64_t lanes, V dh) {
-        prefetch_inputs(steps.start(t) + row + ahead, unit);
-        if (p_.proj)
-          gather_projected(steps.start(t) + row, row, unit, lanes, dh);
-        else
-          step(t, row, unit, lanes, with_grad_output(steps.start(t) + row, unit, lanes, dh), own);
-      };
       // Rows that forward took on to another step.
       for_each_output(recurrent_, place, clip(place.rows, 0, min64(rows, next_rows)), s & 1, next,
                       gate_ld_, [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
-                        arrive(row, unit, lanes, load(sums));
+                        arrive(t, ahead, row, unit, lanes, load(sums), own);
                       });
       // Rows whose last step this is.
       for_each_unit(recurrent_, place, clip(place.rows, next_rows, rows),
                     [&](int64_t row, int64_t unit, int64_t lanes) {
-                      arrive(row, unit, lanes, grad_h_n(row, unit, lanes));
+                      arrive(t, ahead, row, unit, lanes, grad_h_n(row, unit, lanes), own);
                     });
       // Rows whose first step was the one before: what is left belongs to the initial state.
       const Range done = wants_initial_ ? clip(place.rows, rows, next_rows) : Range{0, 0};
@@ -272,8 +268,15 @@ class LstmBackwardTask {
     const int64_t H = p_.hidden;
     prefetch<4>(static_cast<const S*>(p_.saved) + index * 4 * H + unit, H * int64_t(sizeof(S)));
     prefetch<1>(static_cast<const T*>(p_.cells) + index * H + unit, 0);
+    prefetch<4, true>(static_cast<S*>(p_.dgates) + index * 4 * H + unit, H * int64_t(sizeof(S)));
     if (p_.grad_output && !p_.proj)
       prefetch<1>(static_cast<const S*>(p_.grad_output) + index * H + unit, 0);
+  }
+  // Gradients of the gates that an iteration has left behind; before the first one nobody reads.
+  const X* dgates_of(int64_t iteration) const {
+    if (iteration < 0) return nullptr;
+    return static_cast<const X*>(p_.dgates) +
+           steps.start(steps.backward_step(iteration)) * gate_ld_;
   }
   V grad_h_n(int64_t row, int64_t unit, int64_t lanes) const {
     const S* grad = static_cast<const S*>(p_.grad_h_n);
@@ -289,6 +292,16 @@ class LstmBackwardTask {
     store(static_cast<S*>(p_.dproj) + index * width_ + unit, dh, lanes);
   }
 
+  // The gradient of h from the step that forward took next; `ahead`: how far the next rows lie.
+  RNNLM_INLINE void arrive(int64_t t, int64_t ahead, int64_t row, int64_t unit, int64_t lanes, V dh,
+                           X* own) {
+    const int64_t index = steps.start(t) + row;
+    prefetch_inputs(index + ahead, unit);
+    if (p_.proj)
+      gather_projected(index, row, unit, lanes, dh);
+    else
+      step(t, row, unit, lanes, with_grad_output(index, unit, lanes, dh), own);
+  }
   RNNLM_INLINE void step(int64_t t, int64_t row, int64_t unit, int64_t lanes, V dh, X* own) {
     const int64_t H = p_.hidden, index = steps.start(t) + row;
     const S* saved = static_cast<const S*>(p_.saved) + index * 4 * H + unit;
@@ -306,20 +319,20 @@ class LstmBackwardTask {
     const LstmGates<V> d = lstm_backward<M>(y, c_prev, c, dh, dc);
     store(dc_ + row * c_ld_ + unit, dc);
     if (p_.proj) store(static_cast<S*>(p_.unprojected) + index * H + unit, y.o * M::tanh(c), lanes);
-    X* scratch = own + row * gate_ld_ + unit;
     S* out = static_cast<S*>(p_.dgates) + index * 4 * H + unit;
     const V values[4] = {d.i, d.f, d.g, d.o};
-    for (int g = 0; g < 4; ++g) {
-      store_flushing(scratch + g * H, values[g], lanes);
-      store_flushing(out + g * H, values[g], lanes);
-    }
+    for (int g = 0; g < 4; ++g) store_flushing(out + g * H, values[g], lanes);
+    if (reads_dgates_) return;
+    X* copy = own + row * gate_ld_ + unit;
+    for (int g = 0; g < 4; ++g) store_flushing(copy + g * H, values[g], lanes);
   }
 
   LstmBackward p_;
   bool wants_initial_;  // dh0 and dc0: with truncated backpropagation nobody asks
+  bool reads_dgates_;   // products read the gradients where they are left
   int64_t width_, gate_ld_, c_ld_, r_ld_;
   Weights<S> recurrent_, unproject_;
-  X* dgates_[2];  // [B, 4H] of the step that forward took next, and of this one
+  X* dgates_[2] = {};  // [B, 4H] of the step that forward took next, and of this one, or null
   T* dc_;
   X* dr_ = nullptr;  // [B, R]: gradient of this step's projected h
 };
@@ -609,6 +622,8 @@ class GruBackwardTask {
     else
       prefetch<4>(static_cast<const S*>(p_.saved) + index * 4 * H + unit, bytes);
     if (p_.grad_output) prefetch<1>(static_cast<const S*>(p_.grad_output) + index * H + unit, 0);
+    prefetch<3, true>(static_cast<S*>(p_.dgates) + index * 3 * H + unit, bytes);
+    prefetch<1, true>(static_cast<S*>(p_.candidate) + index * H + unit, 0);
   }
 
   RNNLM_INLINE Saved load_saved(int64_t index, int64_t unit, int64_t lanes) const {
