@@ -189,8 +189,7 @@ class Contender:
         start = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
         if self.kind == "ours":
-            total, state = self.model.loss(tokens, targets, self.state)
-            loss = total / targets.numel()
+            loss, state = self.model.loss(tokens, targets, self.state, reduction="mean")
             self.state = [(h.detach(), c.detach()) for h, c in state]
         else:
             loss, (h, c) = self.model(tokens, targets, self.state)

@@ -22,7 +22,7 @@ from rnnlm_kernels.lm.dropout import (
     call_with_dropped_weights,
     embed_with_dropped_rows,
 )
-from rnnlm_kernels.lm.heads import AdaptiveHead, LinearHead, TiedAdaptiveHead
+from rnnlm_kernels.lm.heads import AdaptiveHead, LinearHead, TiedAdaptiveHead, rows_at_once
 from rnnlm_kernels.ops import linear_cross_entropy as operator
 
 V = 23
@@ -283,9 +283,29 @@ def test_loss_is_that_of_the_logits_and_skips_what_does_not_count(make) -> None:
     expected = torch.where(targets >= 0, expected, 0.0)
     torch.testing.assert_close(each, expected)
     torch.testing.assert_close(head.nll(features, targets), expected.sum())
+    mean = expected.sum() / (targets >= 0).sum()
+    torch.testing.assert_close(head.nll(features, targets, "mean"), mean)
     (by_loss,) = torch.autograd.grad(each.sum(), features, retain_graph=True)
     (by_logits,) = torch.autograd.grad(expected.sum(), features)
     torch.testing.assert_close(by_loss, by_logits)
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocab_size", "expected"),
+    [
+        pytest.param(700, 10_000, 350, id="equal-shares"),
+        pytest.param(480, 10_000, 480, id="at-once"),
+        pytest.param(256, 10_000, None, id="few-rows"),
+        pytest.param(700, 33_000, None, id="large-vocabulary"),
+        pytest.param(3500, 65, None, id="small-vocabulary"),
+        pytest.param(0, 10_000, None, id="no-rows"),
+    ],
+)
+def test_training_computes_more_logits_at_once_than_the_loss_by_itself(
+    rows: int, vocab_size: int, expected: int | None
+) -> None:
+    assert rows_at_once(rows, vocab_size, torch.device("cpu")) == expected
+    assert rows_at_once(rows, vocab_size, torch.device("cuda")) is None
 
 
 @pytest.mark.parametrize("make", HEADS[1:])

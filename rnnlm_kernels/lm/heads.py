@@ -17,7 +17,14 @@ import rnnlm_kernels
 
 from .data.stream import IGNORE_INDEX
 
-Reduction = Literal["sum", "none"]
+Reduction = Literal["sum", "mean", "none"]
+
+# Rows of logits that are computed together on a CPU, and their bytes. Of a vocabulary of thousands
+# the loss by itself takes fewer, to spare memory: here that is a small part of what training needs,
+# and with more rows the weight is read, and its gradient written, less often.
+_ROWS = 480
+_LOGITS_BYTES = 32 << 20
+_THOUSANDS = 2_500
 
 
 class LinearHead(nn.Linear):
@@ -39,7 +46,8 @@ class LinearHead(nn.Linear):
         Args:
             features: [N, E].
             targets: int64 [N]; positions with -100 do not count (are 0).
-            reduction: ``"sum"``: a scalar; ``"none"``: [N].
+            reduction: ``"sum"``: a scalar; ``"mean"``: that over the positions that count;
+                ``"none"``: [N].
             label_smoothing: share of the target's probability that is spread evenly over all
                 tokens (Szegedy et al. 2016).
         """
@@ -52,7 +60,16 @@ class LinearHead(nn.Linear):
             reduction=reduction,
             label_smoothing=label_smoothing,
             dtype=torch.float32,
+            chunk_size=rows_at_once(len(features), len(self.weight), features.device),
         )
+
+
+def rows_at_once(rows: int, vocab_size: int, device: torch.device) -> int | None:
+    """How many rows' logits :class:`LinearHead` computes together; None: as the loss has it."""
+    most = min(_ROWS, _LOGITS_BYTES // (4 * vocab_size))
+    if device.type != "cpu" or vocab_size < _THOUSANDS or min(rows, most) <= 256:
+        return None
+    return -(-rows // -(-rows // most))
 
 
 def checked_cutoffs(cutoffs: Sequence[int], vocab_size: int) -> tuple[int, ...]:
@@ -90,8 +107,7 @@ class AdaptiveHead(nn.AdaptiveLogSoftmaxWithLoss):
         counted = targets != IGNORE_INDEX
         safe = torch.where(counted, targets, 0)
         nll = -super().forward(features, safe).output.float()
-        nll = torch.where(counted, nll, 0.0)
-        return nll.sum() if reduction == "sum" else nll
+        return _reduced(torch.where(counted, nll, 0.0), counted, reduction)
 
 
 class TiedAdaptiveHead(nn.Module):
@@ -171,8 +187,14 @@ class TiedAdaptiveHead(nn.Module):
                 within = self._group(features[rows], low, high)
                 log_p = within.gather(1, (targets[rows] - low)[:, None])[:, 0]
                 nll = nll.index_add(0, rows, -log_p)
-        nll = torch.where(targets != IGNORE_INDEX, nll, 0.0)
-        return nll.sum() if reduction == "sum" else nll
+        counted = targets != IGNORE_INDEX
+        return _reduced(torch.where(counted, nll, 0.0), counted, reduction)
+
+
+def _reduced(nll: Tensor, counted: Tensor, reduction: Reduction) -> Tensor:
+    if reduction == "none":
+        return nll
+    return nll.sum() / counted.sum() if reduction == "mean" else nll.sum()
 
 
 def refuse_smoothing(label_smoothing: float) -> None:

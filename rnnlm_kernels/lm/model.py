@@ -317,12 +317,13 @@ class RNNLanguageModel(nn.Module):
             tokens: int64 [T, B], or packed.
             targets: int64 [T, B]; positions with -100 do not count. Packed like ``tokens``.
             state: of the tokens before; None starts from zeros.
-            reduction: ``"sum"``, or ``"none"`` for one value per position.
+            reduction: ``"sum"``, ``"mean"`` over the positions that count, or ``"none"`` for one
+                value per position.
             label_smoothing: see :meth:`~rnnlm_kernels.lm.heads.LinearHead.nll`.
 
         Returns:
-            The sum (a scalar), or [T, B], or [N] of packed tokens; and the state after the last
-            token.
+            A scalar, or without reduction [T, B], [N] of packed tokens; and the state after the
+            last token.
         """
         encoded = self.encode(tokens, state)
         return self.nll(encoded, targets, reduction, label_smoothing), encoded.state
@@ -338,7 +339,7 @@ class RNNLanguageModel(nn.Module):
         numbers = targets if isinstance(targets, Tensor) else targets.data
         flat = encoded.features.flatten(0, -2)
         nll = self.head.nll(flat, numbers.flatten(), reduction, label_smoothing)
-        return nll if reduction == "sum" else nll.view_as(numbers)
+        return nll.view_as(numbers) if reduction == "none" else nll
 
     def parameter_count(self) -> int:
         """Number of trained values; a shared matrix counts once."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -69,7 +68,7 @@ class Objective(nn.Module):
         """The objective of some rows of a batch.
 
         Args:
-            tokens, targets, state: see :meth:`RNNLanguageModel.loss`.
+            tokens, targets, state: see :meth:`RNNLanguageModel.loss`; every target counts.
             total: predicted tokens of the whole batch, of which these rows may be a part.
 
         Returns:
@@ -78,7 +77,8 @@ class Objective(nn.Module):
         """
         config = self.config
         encoded = self.model.encode(tokens, state)
-        nll = self.model.nll(encoded, targets, label_smoothing=config.label_smoothing)
+        # The mean, not the sum: its gradient arrives as a 1, which the head need not multiply by.
+        mean = self.model.nll(encoded, targets, "mean", config.label_smoothing)
         numbers = targets if isinstance(targets, Tensor) else targets.data
         share = numbers.numel() / total
         parts: dict[str, Tensor] = {}
@@ -96,5 +96,5 @@ class Objective(nn.Module):
         if "synonyms" in self.tasks:
             parts["synonyms"] = config.synonyms * self.tasks["synonyms"](embedding)
         parts = {name: share * part for name, part in parts.items()}
-        objective = nll / total + sum(parts.values(), start=torch.zeros((), device=nll.device))
-        return objective, nll, parts, encoded.state
+        objective = sum(parts.values(), start=mean if share == 1 else share * mean)
+        return objective, mean.detach() * numbers.numel(), parts, encoded.state
