@@ -11,9 +11,10 @@ more with a continuous cache. Every tenth synonym pair is kept from training. Ev
 folder of its own and resumed where it was interrupted.
 
 ``speed`` trains a model of this package and the same model made of torch.nn.LSTM, torch.nn.Linear
-and cross_entropy in turn, update by update, from the same weights, and compares tokens per second,
-losses, and (each in a process of its own) peak memory. Between the updates it times what neither
-can do without: the matrix products alone, each whole, and clipping and SGD.
+and cross_entropy from the same weights, and compares tokens per second, losses, and peak memory. A
+third contender does what neither can do without: the matrix products alone, each whole by torch,
+and clipping and SGD. Each runs in a process of its own, as in life: in one process, what one of
+them frees decides whether malloc has memory at hand for the next. They take turns, several times.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rnnlm_kernels import lm
-from rnnlm_kernels.bench.machine import describe
+from rnnlm_kernels.bench.machine import commit, describe
 
 # The kinds of AWD-LSTM (Merity et al. 2018), at rates for layers a fifth as wide as theirs and a
 # hundredth of their updates.
@@ -250,50 +251,71 @@ def _windows(arguments: argparse.Namespace) -> list[tuple[torch.Tensor, torch.Te
 
 
 def speed(arguments: argparse.Namespace) -> None:
-    """Compares whole updates; with ``--only`` measures the memory of one model."""
+    """Compares whole updates."""
     torch.set_num_threads(arguments.threads)
-    width = SIZES[arguments.size]
-    windows = _windows(arguments)
-    kinds = [arguments.only] if arguments.only else ["ours", "torch"]
-    contenders = [Contender(kind, arguments.vocabulary, width) for kind in kinds]
-    tokens = arguments.batch * arguments.bptt
-    limit = None if arguments.only else Limit(arguments.vocabulary, width, tokens)
-    before = _peak_memory(forget=True)
-    for window in windows:
-        # In turn first: what one frees the next one gets.
-        contenders.reverse()
-        for contender in contenders:
-            contender.update(*window)
-        if limit is not None:
-            limit.update()
     if arguments.only:
-        print(_peak_memory() - before)
+        print(json.dumps(_updates(arguments)))
         return
-    assert limit is not None
-    contenders.sort(key=lambda contender: contender.kind)
-    ours, theirs = contenders
-    gap = max(abs(a - b) for a, b in zip(ours.losses[:100], theirs.losses[:100], strict=True))
+    runs: dict[str, list[dict]] = {"ours": [], "torch": [], "limit": []}
+    for turn in range(arguments.turns):
+        for kind in reversed(runs) if turn % 2 else runs:
+            command = [sys.executable, __file__, *sys.argv[1:], "--only", kind]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            runs[kind].append(json.loads(done.stdout))
+            print(f"turn {turn + 1} of {arguments.turns}: {kind}", file=sys.stderr)
+    ms = {
+        kind: {
+            part: 1e3 * statistics.median(s for run in turns for s in run["seconds"][part])
+            for part in turns[0]["seconds"]
+        }
+        for kind, turns in runs.items()
+    }
+    losses = zip(runs["ours"][0]["losses"][:100], runs["torch"][0]["losses"][:100], strict=True)
+    tokens = arguments.batch * arguments.bptt
+    ours, theirs = ms["ours"]["update"], ms["torch"]["update"]
     result = {
         "machine": describe(),
-        "size": f"2 x {width}, vocabulary {arguments.vocabulary:,}, "
+        "commit": commit(),
+        "size": f"2 x {SIZES[arguments.size]}, vocabulary {arguments.vocabulary:,}, "
         f"{arguments.batch} x {arguments.bptt} tokens, {arguments.threads} threads",
-        "updates": arguments.steps,
-        "largest difference of the losses": gap,
+        "updates": f"{arguments.turns} x {arguments.steps}",
+        "largest difference of the losses": max(abs(a - b) for a, b in losses),
+        "ms of an update": {
+            kind: {part: round(value, 1) for part, value in parts.items()}
+            for kind, parts in ms.items()
+        },
+        "ms of an update, median of each turn": {
+            kind: [
+                round(1e3 * statistics.median(run["seconds"]["update"]), 1) for run in runs[kind]
+            ]
+            for kind in ("ours", "torch")
+        },
+        "tokens/s": {kind: round(1e3 * tokens / ms[kind]["update"]) for kind in ("ours", "torch")},
+        "MiB above the model": {kind: runs[kind][0]["MiB"] for kind in ("ours", "torch")},
+        "torch / ours": round(theirs / ours, 3),
+        "torch / limit": round(theirs / sum(ms["limit"].values()), 3),
     }
-    for contender in contenders:
-        median = statistics.median(contender.seconds)
-        result[f"{contender.kind}: tokens/s"] = round(tokens / median)
-        command = [sys.executable, __file__, *sys.argv[1:], "--only", contender.kind]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        result[f"{contender.kind}: MiB above the model"] = round(int(done.stdout) / 2**20, 1)
-    medians = [statistics.median(contender.seconds) for contender in contenders]
-    result["ours / torch"] = round(medians[1] / medians[0], 3)
-    least = [(name, statistics.median(seconds)) for name, seconds in limit.seconds.items()]
-    for name, seconds in least:
-        result[f"{name} alone: ms"] = round(1e3 * seconds, 1)
-    result["ms, ours"], result["ms, torch"] = (round(1e3 * median, 1) for median in medians)
-    result["nothing but those / torch"] = round(medians[1] / sum(s for _, s in least), 3)
     print(json.dumps(result, indent=1))
+
+
+def _updates(arguments: argparse.Namespace) -> dict:
+    """The updates of one contender: seconds, losses, and the most memory they took."""
+    width = SIZES[arguments.size]
+    if arguments.only == "limit":
+        limit = Limit(arguments.vocabulary, width, arguments.batch * arguments.bptt)
+        for _ in range(arguments.steps):
+            limit.update()
+        return {"seconds": limit.seconds}
+    contender = Contender(arguments.only, arguments.vocabulary, width)
+    windows = _windows(arguments)
+    before = _peak_memory(forget=True)
+    for window in windows:
+        contender.update(*window)
+    return {
+        "seconds": {"update": contender.seconds},
+        "losses": contender.losses,
+        "MiB": round((_peak_memory() - before) / 2**20, 1),
+    }
 
 
 def _peak_memory(*, forget: bool = False) -> int:
@@ -329,7 +351,8 @@ def main() -> None:
     each.add_argument("--bptt", type=int, default=35)
     each.add_argument("--steps", type=int, default=100)
     each.add_argument("--threads", type=int, default=2)
-    each.add_argument("--only", choices=["ours", "torch"], help=argparse.SUPPRESS)
+    each.add_argument("--turns", type=int, default=3, help="how often each contender runs")
+    each.add_argument("--only", choices=["ours", "torch", "limit"], help=argparse.SUPPRESS)
     each.set_defaults(run=speed)
     arguments = parser.parse_args()
     arguments.run(arguments)
