@@ -82,6 +82,7 @@ constexpr int64_t kFarBytes = int64_t(6) << 20;
 // Multiply-adds in one chain, at most. A float32 sum of a thousand terms in a single chain loses
 // three times the bits that a blocked one does; and this much of a panel stays near for all rows.
 constexpr int64_t kChain = 192;
+static_assert(kChain % kTileDepth == 0, "a chain of pairs is whole tiles");
 // A sum is cut into chains of nearly the same length, a multiple of `unit`: a short one costs as
 // much around it as a long one.
 inline int64_t chain_length(int64_t terms, int64_t unit) {
