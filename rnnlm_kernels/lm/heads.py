@@ -30,8 +30,8 @@ _THOUSANDS = 2_500
 class LinearHead(nn.Linear):
     """One matrix over the whole vocabulary.
 
-    Loss and gradient are computed some rows at a time, and the logits of a window are never all
-    there: :func:`rnnlm_kernels.linear_cross_entropy`.
+    Loss and gradient are computed some hundreds of rows at a time, and the logits of a large window
+    are never all there: :func:`rnnlm_kernels.linear_cross_entropy`.
     """
 
     def nll(
