@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -47,6 +48,7 @@ AWD = {
 AWD_TRAINING = {"ar": 1.0, "tar": 0.5, "weight_decay": 1.2e-6, "random_bptt": True}
 CACHE = lm.CacheConfig(window=500, flatness=0.6, share=0.1)
 SIZES = {"small": 200, "medium": 650}
+WARM_UP = 10  # updates after which pages are counted
 
 
 def recipes(arguments: argparse.Namespace) -> None:
@@ -252,6 +254,8 @@ def _windows(arguments: argparse.Namespace) -> list[tuple[torch.Tensor, torch.Te
 
 def speed(arguments: argparse.Namespace) -> None:
     """Compares whole updates."""
+    if arguments.steps <= WARM_UP:
+        raise SystemExit(f"--steps should be more than {WARM_UP}, got {arguments.steps}")
     torch.set_num_threads(arguments.threads)
     if arguments.only:
         print(json.dumps(_updates(arguments)))
@@ -260,7 +264,7 @@ def speed(arguments: argparse.Namespace) -> None:
     for turn in range(arguments.turns):
         for kind in reversed(runs) if turn % 2 else runs:
             command = [sys.executable, __file__, *sys.argv[1:], "--only", kind]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             runs[kind].append(json.loads(done.stdout))
             print(f"turn {turn + 1} of {arguments.turns}: {kind}", file=sys.stderr)
     ms = {
@@ -290,6 +294,9 @@ def speed(arguments: argparse.Namespace) -> None:
             ]
             for kind in ("ours", "torch")
         },
+        "pages mapped in an update, mean of each turn": {
+            kind: [run["pages"] for run in runs[kind]] for kind in ("ours", "torch")
+        },
         "tokens/s": {kind: round(1e3 * tokens / ms[kind]["update"]) for kind in ("ours", "torch")},
         "MiB above the model": {kind: runs[kind][0]["MiB"] for kind in ("ours", "torch")},
         "torch / ours": round(theirs / ours, 3),
@@ -309,11 +316,15 @@ def _updates(arguments: argparse.Namespace) -> dict:
     contender = Contender(arguments.only, arguments.vocabulary, width)
     windows = _windows(arguments)
     before = _peak_memory(forget=True)
-    for window in windows:
+    for index, window in enumerate(windows):
+        if index == WARM_UP:
+            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         contender.update(*window)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
     return {
         "seconds": {"update": contender.seconds},
         "losses": contender.losses,
+        "pages": round(faults / (len(windows) - WARM_UP)),
         "MiB": round((_peak_memory() - before) / 2**20, 1),
     }
 
@@ -349,7 +360,7 @@ def main() -> None:
     each.add_argument("--vocabulary", type=int, default=10_000)
     each.add_argument("--batch", type=int, default=20)
     each.add_argument("--bptt", type=int, default=35)
-    each.add_argument("--steps", type=int, default=100)
+    each.add_argument("--steps", type=int, default=100, help="updates of a turn, more than 10")
     each.add_argument("--threads", type=int, default=2)
     each.add_argument("--turns", type=int, default=3, help="how often each contender runs")
     each.add_argument("--only", choices=["ours", "torch", "limit"], help=argparse.SUPPRESS)

@@ -22,9 +22,9 @@ Reduction = Literal["sum", "mean", "none"]
 # Rows of logits that are computed together on a CPU, and their bytes. Of a vocabulary of thousands
 # the loss by itself takes fewer, to spare memory: here that is a small part of what training needs,
 # and with more rows the weight is read, and its gradient written, less often.
-_ROWS = 480
+_ROWS, _FEW_ROWS = 480, 256
 _LOGITS_BYTES = 32 << 20
-_THOUSANDS = 2_500
+_LARGE_VOCABULARY = 2_500
 
 
 class LinearHead(nn.Linear):
@@ -67,7 +67,7 @@ class LinearHead(nn.Linear):
 def rows_at_once(rows: int, vocab_size: int, device: torch.device) -> int | None:
     """How many rows' logits :class:`LinearHead` computes together; None: as the loss has it."""
     most = min(_ROWS, _LOGITS_BYTES // (4 * vocab_size))
-    if device.type != "cpu" or vocab_size < _THOUSANDS or min(rows, most) <= 256:
+    if device.type != "cpu" or vocab_size < _LARGE_VOCABULARY or min(rows, most) <= _FEW_ROWS:
         return None
     return -(-rows // -(-rows // most))
 
