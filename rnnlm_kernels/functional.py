@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
+from .ops.lookup import projected_rows
 from .ops.planning import known_plans, look_of, remember
 
 LayerWeights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -39,6 +40,7 @@ def lstm(
     dropout: float = 0.0,
     training: bool = False,
     batch_sizes: Tensor | None = None,
+    index: Tensor | None = None,
     proj_size: int = 0,
     return_cells: bool = False,
     memory: str = "fast",
@@ -58,7 +60,11 @@ def lstm(
         batch_first: dense ``input`` and ``output`` carry the batch first. The states never do.
         dropout: probability of zeroing an element of every layer's output but the last one's.
         training: dropout acts only when this is True.
-        batch_sizes: int64 CPU tensor [T]; given exactly when ``input`` is packed.
+        batch_sizes: int64 CPU tensor [T]; given exactly when ``input`` (or ``index``) is packed.
+        index: integers [T, B], with ``batch_first`` [B, T], packed [N], where ``input`` is a table
+            of different rows, [U, I]: the input of every position is ``input[index]``. The first
+            layer's input projection is computed for the rows of the table alone; with few of them,
+            as of the words of a text, that saves most of it, forward and backward.
         proj_size: P of ``w_hr``, 0 without projection.
         return_cells: also return the cell state of every step of the last layer.
         memory: what is kept between forward and backward, besides the input, the weights and the
@@ -74,6 +80,7 @@ def lstm(
         ValueError: ``input`` and weights differ in dtype, ``weights`` has the wrong length, or
             ``memory`` is no policy.
         RuntimeError: an empty sequence, or tensors of different devices or dtypes.
+        IndexError: a value of ``index`` is no row of ``input``.
 
     Under ``torch.autocast`` for the input's device, ``input``, states, and weights that are not
     float64 are cast to the autocast dtype, and the results have that dtype.
@@ -91,7 +98,7 @@ def lstm(
 
     look = None
     # One dense layer on a CPU, one step of which may take less time than to check it.
-    plain = has_biases and batch_sizes is None and not return_cells
+    plain = has_biases and batch_sizes is None and index is None and not return_cells
     if len(weights) == 1 and input.is_cpu and plain:
         tensors = (input, *((None, None) if hx is None else hx), *weights[0])
         look = look_of(tensors, "lstm", batch_first, proj_size, memory, backend)
@@ -114,6 +121,7 @@ def lstm(
                 dropout=dropout,
                 training=training,
                 batch_sizes=batch_sizes,
+                index=index,
                 proj_size=proj_size,
                 return_cells=return_cells,
                 memory=memory,
@@ -126,7 +134,7 @@ def lstm(
     if not _alike(first, input):
         _refuse_weights(input, first)
     if hx is None:
-        batch = _batch_size(input, batch_sizes, batch_first)
+        batch = _batch_size(input if index is None else index, batch_sizes, batch_first)
         zeros = input.new_zeros(1, batch, weights[0][1].shape[0] // 4)
         c0s = (zeros,) * len(weights)
         # One tensor serves every layer: operators never write to a state.
@@ -139,10 +147,12 @@ def lstm(
             _refuse_state("c_0", c0, input)
         h0s, c0s = _by_layer(h0), _by_layer(c0)
 
-    x = input.transpose(0, 1) if batch_first and batch_sizes is None else input
-
     if not has_biases:
         weights = [(w_ih, w_hh, None, None, w_hr) for w_ih, w_hh, _, _, w_hr in weights]
+    x = x_reverse = input.transpose(0, 1) if batch_first and batch_sizes is None else input
+    if index is not None:
+        positions = index.t() if batch_first and batch_sizes is None else index
+        x, x_reverse, weights = _look_up(input, positions, weights, directions)
     last = len(weights) - directions  # index of the last layer's first direction
     finals_h: list[Tensor] = []
     finals_c: list[Tensor] = []
@@ -160,12 +170,12 @@ def lstm(
         if bidirectional:
             forward, reverse = ops.lstm_both(
                 (x, h0s[i], c0s[i], *weights[i], batch_sizes),
-                (x, h0s[i + 1], c0s[i + 1], *weights[i + 1], batch_sizes),
+                (x_reverse, h0s[i + 1], c0s[i + 1], *weights[i + 1], batch_sizes),
                 return_cells=wants_cells,
                 memory=memory,
                 backend=backend,
             )
-            x = torch.cat((forward[0], reverse[0]), -1)
+            x = x_reverse = torch.cat((forward[0], reverse[0]), -1)
             finals_h += (forward[1], reverse[1])
             finals_c += (forward[2], reverse[2])
             cells = torch.cat((forward[3], reverse[3]), -1) if wants_cells else None
@@ -187,7 +197,7 @@ def lstm(
             finals_h.append(h_n)
             finals_c.append(c_n)
         if dropout and training and i != last:
-            x = F.dropout(x, dropout, training=True)
+            x = x_reverse = F.dropout(x, dropout, training=True)
 
     if batch_first and batch_sizes is None:
         x = x.transpose(0, 1)
@@ -209,6 +219,7 @@ def gru(
     dropout: float = 0.0,
     training: bool = False,
     batch_sizes: Tensor | None = None,
+    index: Tensor | None = None,
     reset: str = "after",
     memory: str = "fast",
     backend: str | None = None,
@@ -225,7 +236,7 @@ def gru(
             applies it to ``h`` (Cho et al. 2014, https://arxiv.org/abs/1406.1078).
         memory: ``"fast"`` keeps 4H values a step for backward (3H with ``reset="before"``),
             ``"low"`` none but the output; see :func:`lstm`.
-        num_layers, has_biases, bidirectional, batch_first, dropout, training, batch_sizes,
+        num_layers, has_biases, bidirectional, batch_first, dropout, training, batch_sizes, index,
             backend: as for :func:`lstm`.
 
     Returns:
@@ -252,7 +263,8 @@ def gru(
 
     look = None
     # One dense layer on a CPU, one step of which may take less time than to check it.
-    if len(weights) == 1 and input.is_cpu and has_biases and batch_sizes is None:
+    plain = has_biases and batch_sizes is None and index is None
+    if len(weights) == 1 and input.is_cpu and plain:
         look = look_of((input, hx, *weights[0]), "gru", batch_first, reset, memory, backend)
         if look is not None and (plan := known_plans.get(look)) is not None:
             return ops.gru_layer.infer(plan, input, hx, weights[0], batch_first)
@@ -271,6 +283,7 @@ def gru(
                 dropout=dropout,
                 training=training,
                 batch_sizes=batch_sizes,
+                index=index,
                 reset=reset,
                 memory=memory,
                 backend=backend,
@@ -281,17 +294,19 @@ def gru(
     if not _alike(first, input):
         _refuse_weights(input, first)
     if hx is None:
-        batch = _batch_size(input, batch_sizes, batch_first)
+        batch = _batch_size(input if index is None else index, batch_sizes, batch_first)
         h0s = (input.new_zeros(1, batch, weights[0][1].shape[1]),) * len(weights)
     else:
         if not _alike(hx, input):
             _refuse_state("hx", hx, input)
         h0s = _by_layer(hx)
 
-    x = input.transpose(0, 1) if batch_first and batch_sizes is None else input
-
     if not has_biases:
         weights = [(w_ih, w_hh, None, None, None) for w_ih, w_hh, *_ in weights]
+    x = x_reverse = input.transpose(0, 1) if batch_first and batch_sizes is None else input
+    if index is not None:
+        positions = index.t() if batch_first and batch_sizes is None else index
+        x, x_reverse, weights = _look_up(input, positions, weights, directions)
     last = len(weights) - directions
     finals: list[Tensor] = []
     stack: Sequence[tuple[Any, ...]] = ()
@@ -304,12 +319,12 @@ def gru(
         if bidirectional:
             forward, reverse = ops.gru_both(
                 (x, h0s[i], w_ih, w_hh, b_ih, b_hh, batch_sizes),
-                (x, h0s[i + 1], *weights[i + 1][:4], batch_sizes),
+                (x_reverse, h0s[i + 1], *weights[i + 1][:4], batch_sizes),
                 reset=reset,
                 memory=memory,
                 backend=backend,
             )
-            x = torch.cat((forward[0], reverse[0]), -1)
+            x = x_reverse = torch.cat((forward[0], reverse[0]), -1)
             finals += (forward[1], reverse[1])
         elif stack:
             x, h_n = stack[i]
@@ -329,7 +344,7 @@ def gru(
             )
             finals.append(h_n)
         if dropout and training and i != last:
-            x = F.dropout(x, dropout, training=True)
+            x = x_reverse = F.dropout(x, dropout, training=True)
 
     if batch_first and batch_sizes is None:
         x = x.transpose(0, 1)
@@ -337,6 +352,21 @@ def gru(
         layer = (*weights[0][:4], None)
         remember(look, "gru", input, h0s[0], None, layer, reset, batch_first, backend)
     return x, _stack(finals)
+
+
+def _look_up(
+    table: Tensor, index: Tensor, weights: Sequence[LayerWeights], directions: int
+) -> tuple[Tensor, Tensor, list[Any]]:
+    """The input's part of the first layer's gates, ``[*index.shape, G*H]``, in either direction.
+
+    And the weights of all layers, the first ones without those that are in it.
+    """
+    gates: list[Tensor] = []
+    others: list[Any] = list(weights)
+    for i, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(weights[:directions]):
+        gates.append(projected_rows(table, index, w_ih, b_ih))
+        others[i] = (None, w_hh, None, b_hh, w_hr)
+    return gates[0], gates[-1], others
 
 
 def _alike(tensor: Tensor, input: Tensor) -> bool:

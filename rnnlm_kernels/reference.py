@@ -141,7 +141,7 @@ def lstm(
     x: Tensor,
     h0: Tensor,
     c0: Tensor,
-    w_ih: Tensor,
+    w_ih: Tensor | None,
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
@@ -153,7 +153,8 @@ def lstm(
 
     Args:
         x: ``[T, B, I]``, or packed ``[N, I]`` together with ``batch_sizes``.
-        h0: ``[B, R]``. c0: ``[B, H]``. w_ih: ``[4H, I]``. w_hh: ``[4H, R]``.
+        h0: ``[B, R]``. c0: ``[B, H]``. w_hh: ``[4H, R]``.
+        w_ih: ``[4H, I]``; None where x is projected already, ``[T, B, 4H]`` or ``[N, 4H]``.
         b_ih, b_hh: ``[4H]`` or None. w_hr: ``[R, H]`` or None (then R = H).
         batch_sizes: rows of each step of a packed input, int64 ``[T]`` on the CPU.
         reverse: run from each row's last step to step 0.
@@ -163,7 +164,7 @@ def lstm(
         of every step ``[T, B, H]`` (packed ``[N, H]``).
     """
     dtype = x.dtype
-    gates_x = F.linear(x, w_ih, b_ih)
+    gates_x = x if w_ih is None else F.linear(x, w_ih, b_ih)
     gates_x, h0, c0, w_hh, b_hh, w_hr = _to(state_dtype(dtype), gates_x, h0, c0, w_hh, b_hh, w_hr)
 
     def step(gates: Tensor, state: State) -> State:
@@ -179,7 +180,7 @@ def lstm(
 def gru(
     x: Tensor,
     h0: Tensor,
-    w_ih: Tensor,
+    w_ih: Tensor | None,
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
@@ -193,7 +194,7 @@ def gru(
         ``output [T, B, H]`` (packed ``[N, H]``) and ``h_n [B, H]``.
     """
     dtype = x.dtype
-    gates_x = F.linear(x, w_ih, b_ih)
+    gates_x = x if w_ih is None else F.linear(x, w_ih, b_ih)
     gates_x, h0, w_hh, b_hh = _to(state_dtype(dtype), gates_x, h0, w_hh, b_hh)
 
     def step(gates: Tensor, state: State) -> State:

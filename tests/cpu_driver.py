@@ -40,7 +40,7 @@ DRIVER = ROOT / "tests" / "native"
 # Arguments of the functions of _C, in their order (csrc/python/cpu.cpp). "name:SHAPE" is a tensor,
 # "name!SHAPE" one that is written. Shapes are those of csrc/core/params.h, W vectors are saved.
 _STEPS = "dtype threads T B batch_sizes:T reverse H"
-_PRODUCTS = "I x:NI w_ih:GHI b_ih:GH w_hh:GHR b_hh:GH"
+_PRODUCTS = "I x:NI w_ih:GHI b_ih:GH gates_x:NGH w_hh:GHR b_hh:GH"
 _CALLS = {
     "lstm_forward": f"{_STEPS} P {_PRODUCTS} w_hr:RH h0:BR c0:BH"
     " output!NR h_n!BR c_n!BH cells!NH saved!NWH",

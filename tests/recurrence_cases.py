@@ -130,11 +130,15 @@ def layer(
     reverse: bool = False,
     bias: bool = True,
     proj: int = 0,
+    projected: bool = False,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
     scale: float = 0.5,
 ) -> Layer:
-    """Random tensors; ``lengths`` (longest first) makes a packed input and replaces T and B."""
+    """Random tensors; ``lengths`` (longest first) makes a packed input and replaces T and B.
+
+    ``projected``: x is the input's part of the gates, and there are no w_ih and b_ih.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
@@ -146,11 +150,11 @@ def layer(
         counts = [sum(n > t for n in lengths) for t in range(max(lengths))]
         batch_sizes, B, steps = torch.tensor(counts), len(lengths), (sum(counts),)
     G, R = (4 if cell == "lstm" else 3), proj or H
-    tensors: list[Tensor | None] = [random(*steps, I), random(B, R)]
+    tensors: list[Tensor | None] = [random(*steps, G * H if projected else I), random(B, R)]
     if cell == "lstm":
         tensors.append(random(B, H))
-    tensors += [random(G * H, I), random(G * H, R)]
-    tensors += [random(G * H) if bias else None for _ in range(2)]
+    tensors += [None if projected else random(G * H, I), random(G * H, R)]
+    tensors += [random(G * H) if wanted else None for wanted in (bias and not projected, bias)]
     if cell == "lstm":
         tensors.append(random(R, H) if proj else None)
     return Layer(cell, tuple(tensors), batch_sizes, reverse)
@@ -164,6 +168,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "packed-reverse": {"lengths": (4, 2, 2, 1), "reverse": True},
     "no-bias": {"bias": False},
     "one-step": {"T": 1, "B": 1},
+    "projected": {"projected": True},
+    "projected-packed-reverse": {"projected": True, "lengths": (4, 2, 2, 1), "reverse": True},
+    "projected-no-bias": {"projected": True, "bias": False},
 }
 PROJECTIONS: dict[str, dict[str, Any]] = {
     "projection": {"proj": 3},
@@ -251,7 +258,6 @@ def kernel_results(given: Layer) -> dict[str, Tensor]:
 
     x, w_ih, w_hh = given.get("x"), given.get("w_ih"), given.get("w_hh")
     assert x is not None
-    assert w_ih is not None
     assert w_hh is not None
     b_ih, b_hh, h0 = given.get("b_ih"), given.get("b_hh"), given.get("h0")
     lstm = given.cell == "lstm"
@@ -267,7 +273,7 @@ def kernel_results(given: Layer) -> dict[str, Tensor]:
         "output": poisoned(*steps, width, like=x),
         "h_n": poisoned(*h0.shape, like=x),
     }
-    head = (x, w_ih, b_ih, None, w_hh, b_hh)
+    head = (x, w_ih, b_ih, x if w_ih is None else None, w_hh, b_hh)
     if lstm:
         c0, w_hr = given.get("c0"), given.get("w_hr")
         results["c_n"] = poisoned(*c0.shape, like=x)

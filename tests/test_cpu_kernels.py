@@ -99,7 +99,7 @@ def layers(draw: st.DrawFn):
         "B": draw(st.integers(1, 9)),
         "I": draw(st.integers(1, 9)),
     }
-    options = {"reverse": draw(st.booleans()), "bias": draw(st.booleans())}
+    options = {name: draw(st.booleans()) for name in ("reverse", "bias", "projected")}
     if draw(st.booleans()):
         lengths = draw(st.lists(st.integers(1, 6), min_size=1, max_size=9))
         options["lengths"] = tuple(sorted(lengths, reverse=True))
@@ -499,7 +499,7 @@ def test_threads_of_a_team_take_processors_of_their_own(tmp_path: Path) -> None:
 def test_exhausted_memory_is_a_memory_error_that_names_the_mend() -> None:
     absurd = 2**28  # hidden units: the workspace alone would be an exabyte
     with pytest.raises(MemoryError, match=r"workspace.*[Ss]maller batch or hidden size"):
-        _C.cpu_gru_forward(0, 1, 9, 4, 0, False, absurd, False, 1, *[0] * 9)
+        _C.cpu_gru_forward(0, 1, 9, 4, 0, False, absurd, False, 1, *[0] * 10)
 
 
 @every_cell

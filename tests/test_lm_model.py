@@ -7,6 +7,7 @@ import copy
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +49,82 @@ def _model(**options) -> lm.RNNLanguageModel:
 
 def _tokens(steps: int, batch: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(V, (steps, batch), generator=torch.Generator().manual_seed(seed))
+
+
+# Repeated tokens
+
+
+@pytest.fixture
+def _sought(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that repeat are sought, however little there is to gain."""
+    monkeypatch.setattr("rnnlm_kernels.lm.model._LITTLE_WORK", 1)
+
+
+def _projected_rows(model: lm.RNNLanguageModel) -> list[int]:
+    """Collects the rows that the first layer projects in every call of a model."""
+    counts: list[int] = []
+
+    def count(layer: nn.Module, args: tuple, options: dict) -> None:
+        given = args[0] if isinstance(args[0], torch.Tensor) else args[0].data
+        counts.append(given.shape[:-1].numel())
+        assert ("index" in options) == (given.dim() == 2 and isinstance(args[0], torch.Tensor))
+
+    model.layers[0].register_forward_pre_hook(count, with_kwargs=True)
+    return counts
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"cell": "gru", "reset": "before", "layers": 1},
+        {"weight_drop": 0.5, "dropout_embedding": 0.3, "dropout_hidden": 0.4},
+    ],
+    ids=["lstm", "gru-before", "dropout"],
+)
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_tokens_are_projected_once(
+    options: dict, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _model(**options).double()
+    tokens: Any = _tokens(20, 3)
+    if packed:
+        tokens = pack_sequence([tokens[:n, 0] for n in (9, 20, 4)], enforce_sorted=False)
+    numbers = tokens.data if packed else tokens
+    found = []
+    for little, rows in ((10**9, numbers.numel()), (1, numbers.unique().numel())):
+        monkeypatch.setattr("rnnlm_kernels.lm.model._LITTLE_WORK", little)
+        counts = _projected_rows(model)
+        torch.manual_seed(5)
+        loss, state = model.loss(tokens, tokens)
+        assert counts[-1] == rows
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        found.append((loss, state, gradients))
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.usefixtures("_sought")
+def test_positions_that_dropout_makes_differ_are_projected_by_themselves() -> None:
+    model, tokens = _model(dropout_input=0.5), _tokens(20, 3)
+    counts = _projected_rows(model)
+    model(tokens)
+    model.eval()(tokens)
+    assert counts == [tokens.numel(), tokens.unique().numel()]
+
+
+@pytest.mark.usefixtures("_sought")
+def test_different_tokens_are_not_looked_up() -> None:
+    model, tokens = _model(), torch.arange(V).view(V, 1)
+    counts = _projected_rows(model)
+    model(tokens)
+    assert counts == [V]
+
+
+@pytest.mark.usefixtures("_sought")
+def test_a_model_that_is_compiled_does_not_look_at_tokens() -> None:
+    model, tokens = _model(), _tokens(20, 3)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(tokens)[0], model(tokens)[0])
 
 
 # Dropout

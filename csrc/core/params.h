@@ -21,8 +21,8 @@ struct Sequence {
   bool reverse;                // run from the last step to step 0
 };
 
-// The input projection, which the CPU kernels make themselves, some steps at a time; gates_x is
-// then null. The CUDA kernels get it made, as gates_x, and read nothing here.
+// The input projection, which the CPU kernels make themselves, some steps at a time, where gates_x
+// is null. Where it is not, and for the CUDA kernels, it is made, and nothing here is read.
 struct Projection {
   int64_t input;         // I
   const void* x;         // T [N, I]
@@ -38,7 +38,7 @@ struct LstmForward {
   Sequence seq;
   int64_t hidden, proj;  // proj = 0: no projection
   Projection projection;
-  const void* gates_x;  // T [N, 4H], x W_ih^T + b_ih, or null (see Projection)
+  const void* gates_x;  // T [N, 4H], x W_ih^T + b_ih, or null: see Projection
   const void* w_hh;     // T [4H, R]
   const void* b_hh;     // T [4H] or null
   const void* w_hr;     // T [R, H], null without projection
@@ -80,7 +80,7 @@ struct GruForward {
   int64_t hidden;
   bool reset_before;
   Projection projection;
-  const void* gates_x;  // T [N, 3H], x W_ih^T + b_ih, or null (see Projection)
+  const void* gates_x;  // T [N, 3H], x W_ih^T + b_ih, or null: see Projection
   const void* w_hh;     // T [3H, H]
   const void* b_hh;     // T [3H] or null
   const void* h0;       // T [B, H]

@@ -1,8 +1,9 @@
-// The projection of the input, which forward makes itself.
+// The input part of the gates, from which the product with h starts.
 //
-// x W_ih^T + b, from which the product with h starts, is never stored whole. A thread computes what
-// it will itself read: of few rows a step, for some steps ahead, so that W_ih is read once for all
-// of them; of many, together with each piece of the product with h.
+// Forward makes the projection x W_ih^T + b itself, and never stores it whole. A thread computes
+// what it will itself read: of few rows a step, for some steps ahead, so that W_ih is read once for
+// all of them; of many, together with each piece of the product with h. Or the caller has projected
+// the input and gives the result (gates_x): then it is read row by row.
 #pragma once
 
 #include "weights.h"
@@ -32,12 +33,13 @@ class Input {
   using X = Operand<S>;
 
  public:
-  Input(const Projection& p, const Steps& steps, Split split, Arena& arena)
+  Input(const Projection& p, const void* gates_x, const Steps& steps, Split split, Arena& arena)
       : x_(static_cast<const S*>(p.x)),
         width_(p.input),
         ld_(operand_ld<S>(p.input)),
-        converts_(sizeof(S) != sizeof(X) || (kPairs<S> && ld_ != width_)) {
-    if (!converts_ && split.row_groups == 1) return;
+        given_(gates_x != nullptr),
+        converts_(!is_operand<S>(p.input)) {
+    if (given_ || (!converts_ && split.row_groups == 1)) return;
     // Where units are split, too, a smaller team than planned splits only those.
     const int64_t parts = split.unit_groups == 1 ? split.row_groups : 1;
     const int64_t rows = max64(kInputRows<S>, ceil_div(steps.batch(), parts)) + 1;
@@ -52,6 +54,10 @@ class Input {
 
   // The chunk that begins with this iteration.
   void next(const Steps& steps, const Place& place, int64_t iteration, Chunk<S>& chunk) const {
+    if (given_) {
+      chunk.end = steps.count();
+      return;
+    }
     const auto rows_at = [&](int64_t t) {
       const Range rows = clip(place.rows, 0, steps.rows(t));
       return rows.end - rows.begin;
@@ -88,6 +94,7 @@ class Input {
  private:
   const S* x_;
   int64_t width_, ld_;
+  bool given_;         // projected: x is not there
   bool converts_;      // a product cannot read x itself
   X* copy_ = nullptr;  // [threads][rows][ld]
 };
@@ -99,20 +106,22 @@ class InputGates {
   static constexpr int L = kLanes<T>;
 
  public:
-  // `weights`: the rows of W_ih, in blocks like those of the recurrent matrix. With `apart`, a GRU
-  // whose reset gate comes after: the input part of n is not what W_hn h starts from; that is
-  // `apart` [H], and the former follows as a fourth vector.
-  InputGates(const Weights<S>& weights, int threads, const Steps& steps, Split split, Arena& arena,
-             const void* bias, const void* second, int vectors_of_second = kMaxVectors,
-             bool apart = false, const void* bias_apart = nullptr)
-      : weights_(weights), more_(apart ? 1 : 0) {
-    weights_.reserve(arena, packing(weights_, steps.sequence()), threads, bias, second,
-                     vectors_of_second);
+  // `weights`: the rows of W_ih, in blocks like those of the recurrent matrix; not read where their
+  // part is `given`: [N, *], rows `given_ld` apart, or null. With `apart`, a GRU whose reset gate
+  // comes after: the input part of n is not what W_hn h starts from; that is `apart` [H], and the
+  // former follows as a fourth vector.
+  InputGates(const Weights<S>& weights, const S* given, int64_t given_ld, int threads,
+             const Steps& steps, Split split, Arena& arena, const void* bias, const void* second,
+             int vectors_of_second = kMaxVectors, bool apart = false,
+             const void* bias_apart = nullptr)
+      : weights_(weights), given_(given), given_ld_(given_ld), more_(apart ? 1 : 0) {
+    weights_.reserve(arena, given ? Packing::none : packing(weights_, steps.sequence()), threads,
+                     bias, second, vectors_of_second);
     if (apart) {
       bias_apart_ = static_cast<const S*>(bias_apart);
       apart_ = arena.take<T>(weights_.blocks() * L);
     }
-    if (Input<S>::goes_ahead(steps, split))
+    if (goes_ahead(steps, split))
       ahead_ = arena.take<T>(split.row_groups * weights_.blocks() * block_size());
   }
 
@@ -123,7 +132,7 @@ class InputGates {
 
   // For all steps of a chunk, where it is worth going ahead.
   void compute(const Steps& steps, const Place& place, const Chunk<S>& chunk) const {
-    if (!Input<S>::goes_ahead(steps, place.split)) return;
+    if (!goes_ahead(steps, place.split)) return;
     const Range blocks = place.blocks(weights_.blocks());
     const int64_t at_once = rows_at_once<S>(chunk.rows);
     for (int64_t block = blocks.begin; block < blocks.end; ++block)
@@ -136,8 +145,12 @@ class InputGates {
   RNNLM_INLINE Start<T> start(const Steps& steps, const Place& place, const Chunk<S>& chunk,
                               int64_t iteration, int64_t block, int64_t row, int rows,
                               T* space) const {
+    if (given_) {
+      read(block, steps.start(steps.forward_step(iteration)) + row, rows, space);
+      return {space, row_size(block)};
+    }
     const int64_t index = chunk.row_of(iteration) + row - place.rows.begin;
-    if (Input<S>::goes_ahead(steps, place.split))
+    if (goes_ahead(steps, place.split))
       return {ahead(place, block) + index * row_size(block), row_size(block)};
     multiply(place, block, row == place.rows.begin, rows, chunk.x + index * chunk.ld, chunk.ld,
              space);
@@ -149,6 +162,25 @@ class InputGates {
   int64_t block_size() const { return kInputRows<S> * (weights_.vectors + more_) * L; }
   T* ahead(const Place& place, int64_t block) const {
     return ahead_ + (place.row_group * weights_.blocks() + block) * block_size();
+  }
+
+  bool goes_ahead(const Steps& steps, Split split) const {
+    return !given_ && Input<S>::goes_ahead(steps, split);
+  }
+
+  // What is given of some rows, with the biases.
+  void read(int64_t block, int64_t index, int rows, T* out) const {
+    const int vectors = weights_.vectors_of(block);
+    const T* bias = weights_.start(block).data;
+    for (int i = 0; i < rows; ++i, out += row_size(block))
+      for (int v = 0; v < vectors; ++v) {
+        const S* from = given_ + (index + i) * given_ld_ + weights_.line(block, v);
+        Vec<T> part = load(from, weights_.lanes(block, v));
+        if (bias) part = part + load(bias + v * L);
+        // The input part of n stands behind what its product starts from.
+        if (apart_ && v == 2) store(out + 2 * L, load(apart_ + block * L));
+        store(out + (apart_ && v == 2 ? 3 : v) * L, part);
+      }
   }
 
   // `first`: of the rows that a block is multiplied with in turn.
@@ -172,6 +204,8 @@ class InputGates {
   }
 
   Weights<S> weights_;
+  const S* given_;
+  int64_t given_ld_;
   int more_;  // vectors of a row of what it computes, besides those of weights_
   const S* bias_apart_ = nullptr;
   T* apart_ = nullptr;  // [blocks][L]

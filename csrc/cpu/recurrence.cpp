@@ -58,9 +58,10 @@ class LstmForwardTask {
         width_(p.proj ? p.proj : p.hidden),
         h_ld_(operand_ld<S>(width_)),
         c_ld_(operand_ld<S>(p.hidden)),
-        input_(p.projection, steps, split(), arena),
-        input_gates_(gate_rows<S>(p.projection.w_ih, p.hidden, p.projection.input, 4), p.threads,
-                     steps, split(), arena, p.projection.b_ih, p.b_hh),
+        input_(p.projection, p.gates_x, steps, split(), arena),
+        input_gates_(gate_rows<S>(p.projection.w_ih, p.hidden, p.projection.input, 4),
+                     static_cast<const S*>(p.gates_x), 4 * p.hidden, p.threads, steps, split(),
+                     arena, p.projection.b_ih, p.b_hh),
         gates_(gate_rows<S>(p.w_hh, p.hidden, width_, 4)),
         project_(plain_rows<S>(p.w_hr, p.proj, p.hidden, split().unit_groups)) {
     gates_.reserve(arena, packing(gates_, p.seq), p.threads);
@@ -71,7 +72,7 @@ class LstmForwardTask {
   }
 
   Split split() const {
-    const int64_t input = 4 * p_.hidden * p_.projection.input;
+    const int64_t input = p_.gates_x ? 0 : 4 * p_.hidden * p_.projection.input;
     const int64_t recurrent = 4 * p_.hidden * width_ + p_.proj * p_.hidden;
     return choose_split(p_.threads, p_.seq.steps, p_.seq.batch, input + recurrent,
                         recurrent * int64_t(sizeof(X)), input * int64_t(sizeof(X)));
@@ -354,11 +355,11 @@ class GruForwardTask {
       : steps(p.seq, arena),
         p_(p),
         ld_(operand_ld<S>(p.hidden)),
-        input_(p.projection, steps, split(), arena),
+        input_(p.projection, p.gates_x, steps, split(), arena),
         input_gates_(
             gate_rows<S>(p.projection.w_ih, p.hidden, p.projection.input, p.reset_before ? 2 : 3),
-            p.threads, steps, split(), arena, p.projection.b_ih, p.b_hh, 2, !p.reset_before,
-            of_n(p.b_hh, 1)),
+            static_cast<const S*>(p.gates_x), 3 * p.hidden, p.threads, steps, split(), arena,
+            p.projection.b_ih, p.b_hh, 2, !p.reset_before, of_n(p.b_hh, 1)),
         gates_(gate_rows<S>(p.w_hh, p.hidden, p.hidden, p.reset_before ? 2 : 3)) {
     gates_.reserve(arena, packing(gates_, p.seq), p.threads);
     if (p.reset_before) {
@@ -367,8 +368,8 @@ class GruForwardTask {
       candidate_.reserve(arena, packing(candidate_, p.seq), p.threads);
       input_candidate_.emplace(plain_rows<S>(of_n(p.projection.w_ih, p.projection.input), p.hidden,
                                              p.projection.input, parts),
-                               p.threads, steps, split(), arena, of_n(p.projection.b_ih, 1),
-                               of_n(p.b_hh, 1));
+                               of_n(p.gates_x, 1), 3 * p.hidden, p.threads, steps, split(), arena,
+                               of_n(p.projection.b_ih, 1), of_n(p.b_hh, 1));
       rh_ = arena.take<X>(p.seq.batch * ld_);
       z_ = arena.take<T>(p.seq.batch * ld_);
     }
@@ -377,7 +378,7 @@ class GruForwardTask {
   }
 
   Split split() const {
-    const int64_t input = 3 * p_.hidden * p_.projection.input;
+    const int64_t input = p_.gates_x ? 0 : 3 * p_.hidden * p_.projection.input;
     const int64_t recurrent = 3 * p_.hidden * p_.hidden;
     return choose_split(p_.threads, p_.seq.steps, p_.seq.batch, input + recurrent,
                         recurrent * int64_t(sizeof(X)), input * int64_t(sizeof(X)));

@@ -50,26 +50,15 @@ void call(Kernel cpu::Kernels::* kernel, const Args&... args) {
 
 LstmForward lstm_forward(int dtype, int threads, int64_t steps, int64_t batch, Address batch_sizes,
                          bool reverse, int64_t hidden, int64_t proj, int64_t input, Address x,
-                         Address w_ih, Address b_ih, Address w_hh, Address b_hh, Address w_hr,
-                         Address h0, Address c0, Address output, Address h_n, Address c_n,
-                         Address cells, Address saved) {
-  return {DType(dtype),
-          threads,
-          sequence(steps, batch, batch_sizes, reverse),
-          hidden,
-          proj,
-          projection(input, x, w_ih, b_ih),
-          /*gates_x=*/nullptr,
-          pointer(w_hh),
-          pointer(b_hh),
-          pointer(w_hr),
-          pointer(h0),
-          pointer(c0),
-          pointer(output),
-          pointer(h_n),
-          pointer(c_n),
-          pointer(cells),
-          pointer(saved)};
+                         Address w_ih, Address b_ih, Address gates_x, Address w_hh, Address b_hh,
+                         Address w_hr, Address h0, Address c0, Address output, Address h_n,
+                         Address c_n, Address cells, Address saved) {
+  return {DType(dtype),     threads,       sequence(steps, batch, batch_sizes, reverse),
+          hidden,           proj,          projection(input, x, w_ih, b_ih),
+          pointer(gates_x), pointer(w_hh), pointer(b_hh),
+          pointer(w_hr),    pointer(h0),   pointer(c0),
+          pointer(output),  pointer(h_n),  pointer(c_n),
+          pointer(cells),   pointer(saved)};
 }
 
 LstmBackward lstm_backward(int dtype, int threads, int64_t steps, int64_t batch,
@@ -102,20 +91,12 @@ LstmBackward lstm_backward(int dtype, int threads, int64_t steps, int64_t batch,
 
 GruForward gru_forward(int dtype, int threads, int64_t steps, int64_t batch, Address batch_sizes,
                        bool reverse, int64_t hidden, bool reset_before, int64_t input, Address x,
-                       Address w_ih, Address b_ih, Address w_hh, Address b_hh, Address h0,
-                       Address output, Address h_n, Address saved) {
-  return {DType(dtype),
-          threads,
-          sequence(steps, batch, batch_sizes, reverse),
-          hidden,
-          reset_before,
-          projection(input, x, w_ih, b_ih),
-          /*gates_x=*/nullptr,
-          pointer(w_hh),
-          pointer(b_hh),
-          pointer(h0),
-          pointer(output),
-          pointer(h_n),
+                       Address w_ih, Address b_ih, Address gates_x, Address w_hh, Address b_hh,
+                       Address h0, Address output, Address h_n, Address saved) {
+  return {DType(dtype),     threads,         sequence(steps, batch, batch_sizes, reverse),
+          hidden,           reset_before,    projection(input, x, w_ih, b_ih),
+          pointer(gates_x), pointer(w_hh),   pointer(b_hh),
+          pointer(h0),      pointer(output), pointer(h_n),
           pointer(saved)};
 }
 

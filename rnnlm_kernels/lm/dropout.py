@@ -109,7 +109,7 @@ def embed_with_dropped_rows(
     return dropout(vectors, rows)
 
 
-def call_with_dropped_weights(layer: nn.Module, p: float, *inputs: Any) -> Any:
+def call_with_dropped_weights(layer: nn.Module, p: float, *inputs: Any, **options: Any) -> Any:
     """Calls a recurrent layer with elements of its ``W_hh`` dropped (DropConnect).
 
     The layer is not changed. For this one call its recurrent weights are replaced by masked ones,
@@ -119,7 +119,7 @@ def call_with_dropped_weights(layer: nn.Module, p: float, *inputs: Any) -> Any:
     Args:
         layer: LSTM or GRU, ours or torch's; in evaluation nothing is dropped.
         p: probability of dropping a weight.
-        inputs: the arguments of the call.
+        inputs, options: the arguments of the call.
 
     Returns:
         What the layer returns.
@@ -135,13 +135,13 @@ def call_with_dropped_weights(layer: nn.Module, p: float, *inputs: Any) -> Any:
         ['bias_hh_l0', 'bias_ih_l0', 'weight_hh_l0', 'weight_ih_l0']
     """
     if not layer.training or p == 0.0:
-        return layer(*inputs)
+        return layer(*inputs, **options)
     recurrent = {n: w for n, w in layer.named_parameters() if n.startswith("weight_hh")}
     if any(map(_is_sharded, recurrent.values())):
         # FSDP2 would put the whole weights in the place of the masked ones, without a word.
         raise RuntimeError("weight drop needs whole weights: shard the model, not its layers")
     dropped = {name: F.dropout(weight, p) for name, weight in recurrent.items()}
-    return torch.func.functional_call(layer, dropped, inputs)
+    return torch.func.functional_call(layer, dropped, inputs, options)
 
 
 def _is_sharded(weight: Tensor) -> bool:

@@ -29,6 +29,9 @@ LayerState = Tensor | tuple[Tensor, Tensor]
 # any. The batch is dimension 1 of every tensor.
 State = list[LayerState]
 
+# Multiply-adds of the input's projection that have to be saved for repeated tokens to be sought.
+_LITTLE_WORK = 10_000_000
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -255,19 +258,21 @@ class RNNLanguageModel(nn.Module):
         rows = None if packed is None else packed_rows(packed)
         numbers = tokens if isinstance(tokens, Tensor) else tokens.data
         config = self.config
+        different, index = self._different(numbers)
         dropped = embed_with_dropped_rows(
-            self.embedding, numbers, config.dropout_embedding, self.dropout_input, rows
+            self.embedding, different, config.dropout_embedding, self.dropout_input, rows
         )
         raw = dropped
         following: State = []
-        for index, layer in enumerate(self.layers):
-            inputs = dropped if packed is None else packed._replace(data=dropped)
+        for number, layer in enumerate(self.layers):
+            inputs, options = _inputs(dropped, packed, index if number == 0 else None)
             raw, layer_state = call_with_dropped_weights(
-                layer, config.weight_drop, inputs, None if state is None else state[index]
+                *(layer, config.weight_drop, inputs, None if state is None else state[number]),
+                **options,
             )
             if isinstance(raw, PackedSequence):
                 raw = raw.data
-            last = index + 1 == len(self.layers)
+            last = number + 1 == len(self.layers)
             dropped = (self.dropout if last else self.dropout_hidden)(raw, rows)
             following.append(layer_state)
         features = dropped
@@ -280,6 +285,24 @@ class RNNLanguageModel(nn.Module):
             following.append(memory)
         sizes = None if packed is None else packed.batch_sizes
         return Encoded(self.projection(features), following, raw, dropped, sizes)
+
+    def _different(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The different ones among ``tokens``, and the place of each position's among them.
+
+        That is for the first layer to project every token once. It cannot where positions of one
+        token differ, by dropout; where it would gain little, all tokens are returned, and None.
+        """
+        first: Any = self.layers[0]
+        drops = self.dropout_input.training and self.dropout_input.p > 0.0
+        if self.config.layer != "ours" or drops or not _values_are_known(tokens):
+            return tokens, None
+        work = self.config.emb * first.weight_ih_l0.shape[0]  # of a token
+        if tokens.numel() * work < _LITTLE_WORK:
+            return tokens, None
+        different, index = torch.unique(tokens, return_inverse=True)
+        if (tokens.numel() - different.numel()) * work < _LITTLE_WORK:
+            return tokens, None
+        return different, index
 
     def _attend_packed(self, packed: PackedSequence) -> tuple[Tensor, LayerState]:
         # No position sees a later one, so what stands in the padding does not matter.
@@ -344,6 +367,25 @@ class RNNLanguageModel(nn.Module):
     def parameter_count(self) -> int:
         """Number of trained values; a shared matrix counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def _inputs(
+    vectors: Tensor, packed: PackedSequence | None, index: Tensor | None
+) -> tuple[Tensor | PackedSequence, dict[str, Any]]:
+    """Input and options of a call of a layer; ``packed`` says how the positions are packed."""
+    if index is not None:
+        return vectors, {"index": index if packed is None else packed._replace(data=index)}
+    return (vectors if packed is None else packed._replace(data=vectors)), {}
+
+
+def _values_are_known(tokens: Tensor) -> bool:
+    """Whether it costs nothing to look at ``tokens``: on a GPU it would be waiting."""
+    return (
+        tokens.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch._C._get_tracing_state()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def packed_rows(packed: PackedSequence) -> Tensor:

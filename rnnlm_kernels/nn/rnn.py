@@ -104,13 +104,19 @@ class _Layers(torch.nn.RNNBase):
         return found
 
     def _rows(
-        self, input: Tensor | PackedSequence, hx: Any
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any,
+        index: Tensor | PackedSequence | None,
     ) -> tuple[Tensor, int, int, Tensor | None, Tensor | None, Tensor | None]:
         """The input with a batch dimension, its batch size, and how it came.
 
         That is the number of dimensions of a dense input (0 for a packed one), and the batch sizes
-        and both permutations of a packed one.
+        and both permutations of a packed one. With an index all this is the index's.
         """
+        if index is not None:
+            self._check_table(input)
+            input = _with_feature(self.mode, index)
         batch_sizes = sorted_indices = unsorted_indices = None
         dims = 0
         if isinstance(input, PackedSequence):
@@ -125,9 +131,20 @@ class _Layers(torch.nn.RNNBase):
                 raise ValueError(f"{self.mode}: Expected input to be 2D or 3D, got {dims}D instead")
         else:
             raise TypeError(not_an_input(self.mode, input))
-        if x.shape[-1] != self.input_size:
+        if index is not None:
+            x = x.squeeze(-1)
+        elif x.shape[-1] != self.input_size:
             self.check_input(x, batch_sizes)
         return x, batch, dims, batch_sizes, sorted_indices, unsorted_indices
+
+    def _check_table(self, input: Any) -> None:
+        """What an input is with an index."""
+        if isinstance(input, Tensor) and input.dim() == 2 and input.shape[1] == self.input_size:
+            return
+        raise RuntimeError(
+            f"{self.mode}: with an index, input should be a tensor of its rows, "
+            f"[U, {self.input_size}], got {described(input)}"
+        )
 
     def _unpack(
         self, input: PackedSequence, hx: Any
@@ -184,6 +201,9 @@ class LSTM(_Layers):
     Inputs:
         input: ``[T, B, input_size]`` (``[B, T, input_size]`` with ``batch_first``), unbatched
             ``[T, input_size]``, or a ``PackedSequence``; the dtype and device of the weights.
+        index: integers ``[T, B]`` (``[B, T]``, ``[T]``, or a ``PackedSequence`` of them), where
+            ``input`` is a table of different rows ``[U, input_size]``: as if the input were
+            ``input[index]``, but the first layer projects every row only once.
         hx: ``(h_0, c_0)``, ``[L*D, B, R]`` and ``[L*D, B, H]`` (unbatched without B), in the
             dtype and on the device of ``input``; None means zeros. L is the number of layers, D
             the number of directions, R is ``proj_size``, or H without projection.
@@ -245,9 +265,18 @@ class LSTM(_Layers):
         self.memory = checked_memory(memory)
         self.return_cells = return_cells
 
-    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, ...]:
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any = None,
+        *,
+        index: Tensor | PackedSequence | None = None,
+    ) -> tuple[Any, ...]:
         """Run the layers over a sequence; see the class for shapes."""
-        x, batch, dims, batch_sizes, sorted_indices, unsorted_indices = self._rows(input, hx)
+        x, batch, dims, batch_sizes, sorted_indices, unsorted_indices = self._rows(input, hx, index)
+        positions = None
+        if isinstance(input, Tensor) and index is not None:
+            x, positions = input, x
         if hx is not None:
             hx = self._checked_states(hx, batch, dims)
             if sorted_indices is not None:
@@ -267,6 +296,7 @@ class LSTM(_Layers):
             dropout=self.dropout if self.num_layers > 1 else 0.0,
             training=self.training,
             batch_sizes=batch_sizes,
+            index=positions,
             proj_size=self.proj_size,
             return_cells=self.return_cells,
             memory=self.memory,
@@ -372,6 +402,9 @@ class GRU(_Layers):
     Inputs:
         input: ``[T, B, input_size]`` (``[B, T, input_size]`` with ``batch_first``), unbatched
             ``[T, input_size]``, or a ``PackedSequence``; the dtype and device of the weights.
+        index: integers ``[T, B]`` (``[B, T]``, ``[T]``, or a ``PackedSequence`` of them), where
+            ``input`` is a table of different rows ``[U, input_size]``: as if the input were
+            ``input[index]``, but the first layer projects every row only once.
         hx: ``[L*D, B, H]`` (unbatched without B), in the dtype and on the device of ``input``;
             None means zeros. L is the number of layers, D the number of directions.
 
@@ -431,9 +464,18 @@ class GRU(_Layers):
         self.backend = checked_backend(backend)
         self.memory = checked_memory(memory)
 
-    def forward(self, input: Tensor | PackedSequence, hx: Tensor | None = None) -> tuple[Any, Any]:
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        index: Tensor | PackedSequence | None = None,
+    ) -> tuple[Any, Any]:
         """Run the layers over a sequence; see the class for shapes."""
-        x, batch, dims, batch_sizes, sorted_indices, unsorted_indices = self._rows(input, hx)
+        x, batch, dims, batch_sizes, sorted_indices, unsorted_indices = self._rows(input, hx, index)
+        positions = None
+        if isinstance(input, Tensor) and index is not None:
+            x, positions = input, x
         if hx is not None:
             hx = self._checked_state(hx, batch, dims)
             if sorted_indices is not None:
@@ -452,6 +494,7 @@ class GRU(_Layers):
             dropout=self.dropout if self.num_layers > 1 else 0.0,
             training=self.training,
             batch_sizes=batch_sizes,
+            index=positions,
             reset=self.reset,
             memory=self.memory,
             backend=self.backend,
@@ -497,6 +540,20 @@ def checked_reset(reset: str) -> str:
     if reset not in RESETS:
         raise ValueError(f"reset should be one of {RESETS}, got {reset!r}")
     return reset
+
+
+def _with_feature(layer: str, index: Any) -> Tensor | PackedSequence:
+    """An index with one feature, so that it has the dimensions of an input."""
+    packed = isinstance(index, PackedSequence)
+    numbers = index.data if packed else index
+    if not isinstance(numbers, Tensor) or numbers.dtype not in (torch.int64, torch.int32):
+        got = numbers.dtype if isinstance(numbers, Tensor) else described(index)
+        raise TypeError(f"{layer}: index should hold int64 or int32 numbers, got {got}")
+    if numbers.dim() not in ((1,) if packed else (1, 2)):
+        expected = "1-D when packed" if packed else "1-D or 2-D"
+        raise RuntimeError(f"{layer}: index should be {expected}, got {numbers.dim()}-D")
+    numbers = numbers.unsqueeze(-1)
+    return index._replace(data=numbers) if packed else numbers
 
 
 def described(value: Any) -> str:

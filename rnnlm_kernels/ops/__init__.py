@@ -35,7 +35,7 @@ def lstm(
     x: Tensor,
     h0: Tensor,
     c0: Tensor,
-    w_ih: Tensor,
+    w_ih: Tensor | None,
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
@@ -56,7 +56,8 @@ def lstm(
         x: ``[T, B, I]``, or the ``data [N, I]`` of a ``PackedSequence`` with its ``batch_sizes``.
         h0, c0: ``[B, R]``, ``[B, H]``, or as a one-layer module holds them, ``[1, B, R]`` and
             ``[1, B, H]``; h_n and c_n then have these shapes too.
-        w_ih: ``[4H, I]``. w_hh: ``[4H, R]``. b_ih, b_hh: ``[4H]``.
+        w_ih: ``[4H, I]``. w_hh: ``[4H, R]``. b_ih, b_hh: ``[4H]``. Without w_ih (None, as is then
+            b_ih) x is the input's part of the gates: ``[T, B, 4H]``, packed ``[N, 4H]``.
         w_hr: projection ``[R, H]``; None means R = H.
         batch_sizes: int64 ``[T]`` on the CPU, or None for dense input.
         reverse: run from each row's own last step to step 0.
@@ -108,7 +109,8 @@ def lstm_both(
 
     Args:
         forward, reverse: the tensors of either direction, as :func:`lstm` takes them:
-            x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes. The directions have one x.
+            x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes. Both have one x, or
+            each its projected one.
         return_cells, memory, backend: as for :func:`lstm`.
 
     Returns:
@@ -189,7 +191,7 @@ def lstm_stack(
 def gru(
     x: Tensor,
     h0: Tensor,
-    w_ih: Tensor,
+    w_ih: Tensor | None,
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
@@ -241,7 +243,8 @@ def gru_both(
 
     Args:
         forward, reverse: the tensors of either direction, as :func:`gru` takes them:
-            x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes. The directions have one x.
+            x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes. Both have one x, or
+            each its projected one.
         reset, memory, backend: as for :func:`gru`.
 
     Returns:

@@ -34,7 +34,7 @@ def check_layer(
     x: torch.Size,
     h0: torch.Size,
     c0: torch.Size | None,
-    w_ih: torch.Size,
+    w_ih: torch.Size | None,
     w_hh: torch.Size,
     b_ih: torch.Size | None,
     b_hh: torch.Size | None,
@@ -53,6 +53,10 @@ def check_layer(
     hidden = rows // gates
     if len(h0) != 2 and (len(h0) != 3 or h0[0] != 1):
         raise RuntimeError(f"h0 should be [B, {width}] or [1, B, {width}], got {list(h0)}")
+    if w_ih is None and x[-1] != rows:
+        raise RuntimeError(f"without w_ih, x should be {gates}H = {rows} wide, got {list(x)}")
+    if w_ih is None and b_ih is not None:
+        raise RuntimeError("without w_ih there should be no b_ih: x contains it, got one")
     *layer, batch, _ = h0
     if batch_sizes is None:
         batch = x[1]

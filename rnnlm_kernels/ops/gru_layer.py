@@ -20,6 +20,7 @@ from .products import (
     contiguous,
     empty_contiguous_like,
     empty_for_none,
+    input_grads,
     layer_gradients,
     multiplies,
     recurrent_weight_grad,
@@ -46,7 +47,7 @@ def _outputs(
 def forward(
     x: Tensor,
     h0: Tensor,
-    w_ih: Tensor,
+    w_ih: Tensor | None,
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
@@ -128,7 +129,7 @@ def _backward(
     grad_h_n: Tensor | None,
     x: Tensor,
     h0: Tensor,
-    w_ih: Tensor,
+    w_ih: Tensor | None,
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
@@ -184,7 +185,7 @@ def _backward(
                 *([] if db is None else [db]),
             ),
         )
-    if h0.numel() and multiplies(module, dgates, w_ih):
+    if h0.numel() and multiplies(module, dgates, w_ih, w_hh):
         dx, dw_ih, dw_hh, db_ih, db_hh, _ = layer_gradients(
             *(module, options, x, h0, (w_ih, w_hh, None), batch_sizes, output),
             *(dgates, candidate, None, None),
@@ -213,12 +214,13 @@ def _backward(
             before(candidate, dw_hh[2 * hidden :])
         else:
             torch.mm(dgates2d[:, 2 * hidden :].t(), candidate2d, out=dw_hh[2 * hidden :])
+    dx, dw_ih = input_grads(x, w_ih, dgates, need_x, need_w_ih)
     return empty_for_none(
         x,
         (
-            (dgates2d @ w_ih).view(x.shape) if need_x else None,
+            dx,
             dh0 if need_h0 else None,
-            dgates2d.t() @ x.flatten(0, -2) if need_w_ih else None,
+            dw_ih,
             dw_hh,
             db if need_b_ih else None,
             db_hh,
@@ -228,7 +230,7 @@ def _backward(
 
 Eager = register(
     "gru",
-    inputs=("x", "h0", "w_ih", "w_hh", "b_ih?", "b_hh?"),
+    inputs=("x", "h0", "w_ih?", "w_hh", "b_ih?", "b_hh?"),
     flags=("str reset", "bool reverse", "bool save", "str? backend"),
     grads=("output", "h_n"),
     saved=("output", "saved"),

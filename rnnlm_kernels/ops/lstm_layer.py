@@ -21,6 +21,7 @@ from .products import (
     contiguous,
     empty_contiguous_like,
     empty_for_none,
+    input_grads,
     layer_gradients,
     multiplies,
     recurrent_weight_grad,
@@ -56,7 +57,7 @@ def forward(
     x: Tensor,
     h0: Tensor,
     c0: Tensor,
-    w_ih: Tensor,
+    w_ih: Tensor | None,
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
@@ -155,7 +156,7 @@ def _backward(
     x: Tensor,
     h0: Tensor,
     c0: Tensor,
-    w_ih: Tensor,
+    w_ih: Tensor | None,
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
@@ -232,7 +233,7 @@ def _backward(
                 *([] if db is None else [db]),
             ),
         )
-    if h0.numel() and multiplies(module, dgates, w_ih):
+    if h0.numel() and multiplies(module, dgates, w_ih, w_hh):
         dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr = layer_gradients(
             *(module, options, x, h0, (w_ih, w_hh, w_hr), batch_sizes, output),
             *(dgates, None, dproj, unprojected),
@@ -252,13 +253,14 @@ def _backward(
         recurrent_weight_grad(output, h0.flatten(0, -2), batch_sizes, reverse, dgates, dw_hh)
     if need_db and db is None:
         db = dgates2d.sum(0)
+    dx, dw_ih = input_grads(x, w_ih, dgates, need_x, need_w_ih)
     return empty_for_none(
         x,
         (
-            (dgates2d @ w_ih).view(x.shape) if need_x else None,
+            dx,
             dh0 if need_h0 else None,
             dc0 if need_c0 else None,
-            dgates2d.t() @ x.flatten(0, -2) if need_w_ih else None,
+            dw_ih,
             dw_hh,
             db if need_b_ih else None,
             (db.clone() if need_b_ih else db) if need_b_hh else None,
@@ -269,7 +271,7 @@ def _backward(
 
 Eager = register(
     "lstm",
-    inputs=("x", "h0", "c0", "w_ih", "w_hh", "b_ih?", "b_hh?", "w_hr?"),
+    inputs=("x", "h0", "c0", "w_ih?", "w_hh", "b_ih?", "b_hh?", "w_hr?"),
     flags=("bool reverse", "bool save", "bool return_cells", "str? backend"),
     grads=("output", "h_n", "c_n", "cells"),
     saved=("output", "cells", "saved"),

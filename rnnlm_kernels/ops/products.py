@@ -27,22 +27,25 @@ def contiguous(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def with_input_gates(
-    module: ModuleType, x: Tensor, w_ih: Tensor, b_ih: Tensor | None, *others: Tensor | None
+    module: ModuleType, x: Tensor, w_ih: Tensor | None, b_ih: Tensor | None, *others: Tensor | None
 ) -> tuple[Any, ...]:
     """What forward of a backend takes first: x, w_ih, b_ih, gates_x, and ``others`` contiguous.
 
-    gates_x is the projection ``x W_ih^T + b_ih`` of all steps at once, ``[*, G*H]``; None where the
-    backend makes it itself (``PROJECTS_INPUT``).
+    gates_x is the projection ``x W_ih^T + b_ih`` of all steps at once, ``[*, G*H]``: x itself where
+    it is not to be projected, None where the backend does that (``PROJECTS_INPUT``).
     """
+    if w_ih is None:
+        x, *rest = contiguous(x, *others)
+        return (x, None, None, x, *rest)
     if module.PROJECTS_INPUT:
         return contiguous(x, w_ih, b_ih, None, *others)
     gates_x = torch.nn.functional.linear(x, w_ih, b_ih).contiguous()
     return (x, w_ih, b_ih, gates_x, *contiguous(*others))
 
 
-def multiplies(module: ModuleType, dgates: Tensor, w_ih: Tensor) -> bool:
+def multiplies(module: ModuleType, dgates: Tensor, w_ih: Tensor | None, w_hh: Tensor) -> bool:
     """Whether a backend's own kernels do what is left of backward after the recurrence."""
-    work = 2 * dgates.numel() * w_ih.shape[1]
+    work = dgates.numel() * (w_hh.shape[1] if w_ih is None else 2 * w_ih.shape[1])
     return hasattr(module, "multiplies") and module.multiplies(dgates.dtype, work)
 
 
@@ -51,7 +54,7 @@ def layer_gradients(
     options: RecurrenceOptions,
     x: Tensor,
     h0: Tensor,
-    weights: tuple[Tensor, Tensor, Tensor | None],
+    weights: tuple[Tensor | None, Tensor, Tensor | None],
     batch_sizes: Tensor | None,
     output: Tensor,
     dgates: Tensor,
@@ -66,9 +69,9 @@ def layer_gradients(
     """
     w_ih, w_hh, w_hr = weights
     need_x, need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr = needs
-    rows = len(w_ih)
-    dx = empty_contiguous_like(x) if need_x else None
-    dw_ih = empty_contiguous_like(w_ih) if need_w_ih else None
+    rows = len(w_hh)
+    dx = empty_contiguous_like(x) if need_x and w_ih is not None else None
+    dw_ih = empty_contiguous_like(w_ih) if need_w_ih and w_ih is not None else None
     dw_hh = empty_contiguous_like(w_hh) if need_w_hh else None
     dw_hr = empty_contiguous_like(w_hr) if need_w_hr and w_hr is not None else None
     db_ih = x.new_empty(rows) if need_b_ih else None
@@ -79,7 +82,20 @@ def layer_gradients(
         options,
         *(dx, dw_ih, dw_hh, dw_hr, db_ih, db_hh),
     )
+    if need_x and w_ih is None:
+        dx = dgates
     return dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr
+
+
+def input_grads(
+    x: Tensor, w_ih: Tensor | None, dgates: Tensor, need_x: bool, need_w_ih: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """By PyTorch: gradients of x and of w_ih, None where they are not needed."""
+    if w_ih is None:
+        return (dgates if need_x else None), None
+    dgates = dgates.flatten(0, -2)
+    dx = (dgates @ w_ih).view(x.shape) if need_x else None
+    return dx, (dgates.t() @ x.flatten(0, -2) if need_w_ih else None)
 
 
 def recurrent_weight_grad(

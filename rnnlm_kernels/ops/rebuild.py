@@ -22,7 +22,7 @@ from .products import previous_hidden
 def lstm_saved(
     x: Tensor,
     h0: Tensor,
-    w_ih: Tensor,
+    w_ih: Tensor | None,
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
@@ -50,7 +50,7 @@ def lstm_saved(
 def gru_saved(
     x: Tensor,
     h0: Tensor,
-    w_ih: Tensor,
+    w_ih: Tensor | None,
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
@@ -97,10 +97,15 @@ def _saves_activated(x: Tensor) -> bool:
     return state_dtype(x.dtype) is x.dtype
 
 
-def _project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """``out = x weight^T + bias``; x is ``[*, I]``, out ``[N, O]``, of rows that may lie apart."""
+def _project(x: Tensor, weight: Tensor | None, bias: Tensor | None, out: Tensor) -> None:
+    """``out = x weight^T + bias``; x is ``[*, I]``, out ``[N, O]``, of rows that may lie apart.
+
+    Without weight x is projected already.
+    """
     rows = x.flatten(0, -2)
-    if bias is None:
+    if weight is None:
+        out.copy_(rows if bias is None else rows + bias)
+    elif bias is None:
         torch.mm(rows, weight.t(), out=out)
     else:
         torch.addmm(bias, rows, weight.t(), out=out)

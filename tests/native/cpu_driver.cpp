@@ -142,6 +142,7 @@ void describe(const Problem& from, LstmForward& p) {
   p = recurrence<LstmForward>(from);
   p.proj = from.number("P");
   p.projection = from.projection();
+  p.gates_x = from.tensor("gates_x");
   p.b_hh = from.tensor("b_hh");
   p.w_hr = from.tensor("w_hr");
   p.h0 = from.tensor("h0");
@@ -175,6 +176,7 @@ void describe(const Problem& from, GruForward& p) {
   p = recurrence<GruForward>(from);
   p.reset_before = from.number("reset_before") != 0;
   p.projection = from.projection();
+  p.gates_x = from.tensor("gates_x");
   p.b_hh = from.tensor("b_hh");
   p.h0 = from.tensor("h0");
   p.output = from.tensor("output");
