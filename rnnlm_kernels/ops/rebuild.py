@@ -104,7 +104,9 @@ def _project(x: Tensor, weight: Tensor | None, bias: Tensor | None, out: Tensor)
     """
     rows = x.flatten(0, -2)
     if weight is None:
-        out.copy_(rows if bias is None else rows + bias)
+        out.copy_(rows)
+        if bias is not None:
+            out.add_(bias)
     elif bias is None:
         torch.mm(rows, weight.t(), out=out)
     else:
