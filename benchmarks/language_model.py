@@ -47,7 +47,7 @@ AWD = {
 }
 AWD_TRAINING = {"ar": 1.0, "tar": 0.5, "weight_decay": 1.2e-6, "random_bptt": True}
 CACHE = lm.CacheConfig(window=500, flatness=0.6, share=0.1)
-SIZES = {"small": 200, "medium": 650}
+SIZES = {"small": 200, "medium": 650, "char": 512}
 WARM_UP = 10  # updates after which pages are counted
 
 

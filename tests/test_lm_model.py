@@ -58,6 +58,7 @@ def _tokens(steps: int, batch: int, seed: int = 0) -> torch.Tensor:
 def _sought(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens that repeat are sought, however little there is to gain."""
     monkeypatch.setattr("rnnlm_kernels.lm.model._LITTLE_WORK", 1)
+    monkeypatch.setattr("rnnlm_kernels.lm.model._WORK_OF_A_GATE", 1)
 
 
 def _projected_rows(model: lm.RNNLanguageModel) -> list[int]:
@@ -91,6 +92,7 @@ def test_tokens_are_projected_once(
     if packed:
         tokens = pack_sequence([tokens[:n, 0] for n in (9, 20, 4)], enforce_sorted=False)
     numbers = tokens.data if packed else tokens
+    monkeypatch.setattr("rnnlm_kernels.lm.model._WORK_OF_A_GATE", 1)
     found = []
     for little, rows in ((10**9, numbers.numel()), (1, numbers.unique().numel())):
         monkeypatch.setattr("rnnlm_kernels.lm.model._LITTLE_WORK", little)

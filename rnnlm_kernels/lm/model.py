@@ -29,8 +29,10 @@ LayerState = Tensor | tuple[Tensor, Tensor]
 # any. The batch is dimension 1 of every tensor.
 State = list[LayerState]
 
-# Multiply-adds of the input's projection that have to be saved for repeated tokens to be sought.
+# Multiply-adds of the input's projection that are worth looking for repeated tokens; and those that
+# every gate of a position has to save, for it is then written and read once more.
 _LITTLE_WORK = 10_000_000
+_WORK_OF_A_GATE = 64
 
 
 @dataclass(frozen=True)
@@ -296,13 +298,12 @@ class RNNLanguageModel(nn.Module):
         drops = self.dropout_input.training and self.dropout_input.p > 0.0
         if self.config.layer != "ours" or drops or not _values_are_known(tokens):
             return tokens, None
-        work = self.config.emb * first.weight_ih_l0.shape[0]  # of a token
-        if tokens.numel() * work < _LITTLE_WORK:
+        count, width = tokens.numel(), self.config.emb
+        if count * width * first.weight_ih_l0.shape[0] < _LITTLE_WORK:
             return tokens, None
         different, index = torch.unique(tokens, return_inverse=True)
-        if (tokens.numel() - different.numel()) * work < _LITTLE_WORK:
-            return tokens, None
-        return different, index
+        saved = (count - different.numel()) * width
+        return (tokens, None) if saved < count * _WORK_OF_A_GATE else (different, index)
 
     def _attend_packed(self, packed: PackedSequence) -> tuple[Tensor, LayerState]:
         # No position sees a later one, so what stands in the padding does not matter.
