@@ -31,6 +31,7 @@
 // at all within the limit of waits is lost, and then the CTA leaves.
 #pragma once
 
+#include <initializer_list>
 #include <type_traits>
 
 #include "device/exchange.h"
