@@ -67,7 +67,7 @@ class LinearTask {
   }
 
  private:
-  bool converts() const { return sizeof(S) != sizeof(X) || (kPairs<S> && ld_ != p_.input); }
+  bool converts() const { return !is_operand<S>(p_.input); }
 
   Linear p_;
   int64_t ld_;
@@ -114,7 +114,8 @@ class LayerGradientsTask {
         rows_(p.rows),
         chunk_rows_(min64(kChunkRows, p.rows)),
         left_ld_(operand_ld<S>(chunk_rows_)),
-        gates_ld_(operand_ld<S>(p.gates * p.hidden)),
+        converts_(!is_operand<S>(p.gates * p.hidden)),
+        gates_ld_(converts_ ? operand_ld<S>(p.gates * p.hidden) : p.gates * p.hidden),
         w_ih_(columns<S>(p.w_ih, p.input, p.gates * p.hidden, 1)) {
     const int64_t H = p.hidden, R = p.proj ? p.proj : H, threads = p.threads;
     if (p.dx) {
@@ -127,7 +128,7 @@ class LayerGradientsTask {
       }
       w_ih_.reserve(arena, shares_rows() && rows_ > 4 ? Packing::ahead : Packing::none, p.threads);
       const int64_t copied = shares_rows() ? threads * kInputGradRows : rows_;
-      if (converts()) dgates_ = arena.take<X>(copied * gates_ld_);
+      if (converts_) dgates_ = arena.take<X>(copied * gates_ld_);
     }
     set_right(x_, p.x, p.input, p.dw_ih, arena);
     set_right(h_, p.output, R, p.dw_hh, arena);
@@ -177,8 +178,6 @@ class LayerGradientsTask {
   }
 
  private:
-  bool converts() const { return sizeof(S) != sizeof(X) || gates_ld_ != p_.gates * p_.hidden; }
-
   template <class P>
   static auto at(P* tensor, int64_t offset) {
     using Number = std::conditional_t<std::is_const<P>::value, const S, S>;
@@ -222,11 +221,11 @@ class LayerGradientsTask {
     const int64_t width = p_.gates * p_.hidden;
     const S* dgates = static_cast<const S*>(p_.dgates);
     if (!shares_rows()) {
-      if (converts()) {
+      if (converts_) {
         copy_operand<S>(dgates, width, team.everything(rows_), dgates_, gates_ld_);
         team.meet_all();
       }
-      const X* rows = converts() ? dgates_ : reinterpret_cast<const X*>(dgates);
+      const X* rows = converts_ ? dgates_ : reinterpret_cast<const X*>(dgates);
       if (panels_)
         multiply_in_pieces(team, rows);
       else
@@ -243,8 +242,8 @@ class LayerGradientsTask {
     for (int64_t row = mine.begin; row < mine.end; row += kInputGradRows) {
       const Range rows = {row, min64(row + kInputGradRows, mine.end)};
       const S* some = dgates + row * width;
-      if (converts()) copy_operand<S>(some, width, {0, rows.end - row}, copy, gates_ld_);
-      multiply_by_w_ih(place, converts() ? copy : reinterpret_cast<const X*>(some), rows);
+      if (converts_) copy_operand<S>(some, width, {0, rows.end - row}, copy, gates_ld_);
+      multiply_by_w_ih(place, converts_ ? copy : reinterpret_cast<const X*>(some), rows);
     }
   }
   // `dgates`: of the first of these rows.
@@ -433,7 +432,8 @@ class LayerGradientsTask {
   V scale_;
   int64_t rows_, chunk_rows_;
   int64_t left_ld_;   // of transposed_
-  int64_t gates_ld_;  // of dgates_
+  bool converts_;     // a product cannot read dgates itself
+  int64_t gates_ld_;  // of what it reads
   Weights<S> w_ih_;
   X* panels_ = nullptr;  // [threads][terms of a piece][vectors][L]
   T* sums_ = nullptr;    // [blocks][rows][vectors][L]
