@@ -82,6 +82,15 @@ def test_results_and_gradients_are_those_of_the_rows(
 
 
 @every_layer
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_layers_of_a_stack_run_at_the_same_time(kind: str, bidirectional: bool) -> None:
+    _, layer = pair(kind, num_layers=3, bidirectional=bidirectional)
+    rows, index = table(), torch.randint(ROWS, (200, 1))
+    with torch.no_grad():
+        torch.testing.assert_close(flat(layer(rows, index=index)), flat(layer(rows[index])))
+
+
+@every_layer
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_every_backend_takes_an_index(kind: str, backend: str) -> None:
     _, layer = pair(kind)
