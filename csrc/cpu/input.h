@@ -19,6 +19,7 @@ template <class S>
 struct Chunk {
   static constexpr int64_t kMaxSteps = 64;
   int64_t begin = 0, end = 0;         // iterations
+  bool ahead = false;                 // their input part is computed before the first of them
   int64_t rows = 0;                   // of this thread, in all of them
   int64_t first_row[kMaxSteps] = {};  // where those of an iteration begin
   const Operand<S>* x = nullptr;      // [rows]
@@ -62,12 +63,12 @@ class Input {
       const Range rows = clip(place.rows, 0, steps.rows(t));
       return rows.end - rows.begin;
     };
-    const bool ahead = goes_ahead(steps, place.split);
+    chunk.ahead = goes_ahead(steps, place.split);
     const int64_t most = min64(place.steps_at_once, Chunk<S>::kMaxSteps);
     chunk.begin = iteration;
     chunk.end = iteration + 1;
     chunk.rows = rows_at(steps.forward_step(iteration));
-    for (; ahead && chunk.end < steps.count(); ++chunk.end) {
+    for (; chunk.ahead && chunk.end < steps.count(); ++chunk.end) {
       const int64_t more = rows_at(steps.forward_step(chunk.end));
       if (chunk.end - chunk.begin == most || chunk.rows + more > kInputRows<S>) break;
       chunk.rows += more;
@@ -121,7 +122,7 @@ class InputGates {
       bias_apart_ = static_cast<const S*>(bias_apart);
       apart_ = arena.take<T>(weights_.blocks() * L);
     }
-    if (goes_ahead(steps, split))
+    if (!given && Input<S>::goes_ahead(steps, split))
       ahead_ = arena.take<T>(split.row_groups * weights_.blocks() * block_size());
   }
 
@@ -131,8 +132,8 @@ class InputGates {
   }
 
   // For all steps of a chunk, where it is worth going ahead.
-  void compute(const Steps& steps, const Place& place, const Chunk<S>& chunk) const {
-    if (!goes_ahead(steps, place.split)) return;
+  void compute(const Place& place, const Chunk<S>& chunk) const {
+    if (!chunk.ahead) return;
     const Range blocks = place.blocks(weights_.blocks());
     const int64_t at_once = rows_at_once<S>(chunk.rows);
     for (int64_t block = blocks.begin; block < blocks.end; ++block)
@@ -150,7 +151,7 @@ class InputGates {
       return {space, row_size(block)};
     }
     const int64_t index = chunk.row_of(iteration) + row - place.rows.begin;
-    if (goes_ahead(steps, place.split))
+    if (chunk.ahead)
       return {ahead(place, block) + index * row_size(block), row_size(block)};
     multiply(place, block, row == place.rows.begin, rows, chunk.x + index * chunk.ld, chunk.ld,
              space);
@@ -162,10 +163,6 @@ class InputGates {
   int64_t block_size() const { return kInputRows<S> * (weights_.vectors + more_) * L; }
   T* ahead(const Place& place, int64_t block) const {
     return ahead_ + (place.row_group * weights_.blocks() + block) * block_size();
-  }
-
-  bool goes_ahead(const Steps& steps, Split split) const {
-    return !given_ && Input<S>::goes_ahead(steps, split);
   }
 
   // What is given of some rows, with the biases.

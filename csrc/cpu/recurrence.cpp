@@ -95,7 +95,7 @@ class LstmForwardTask {
     for (int64_t s = 0; s < steps.count(); ++s) {
       if (s == chunk.end) {
         input_.next(steps, place, s, chunk);
-        input_gates_.compute(steps, place, chunk);
+        input_gates_.compute(place, chunk);
       }
       const int64_t t = steps.forward_step(s), ahead = steps.ahead_in_forward(s);
       const Range rows = clip(place.rows, 0, steps.rows(t));
@@ -405,8 +405,8 @@ class GruForwardTask {
     for (int64_t s = 0; s < steps.count(); ++s) {
       if (s == chunk.end) {
         input_.next(steps, place, s, chunk);
-        input_gates_.compute(steps, place, chunk);
-        if (p_.reset_before) input_candidate_->compute(steps, place, chunk);
+        input_gates_.compute(place, chunk);
+        if (p_.reset_before) input_candidate_->compute(place, chunk);
       }
       const int64_t t = steps.forward_step(s), start = steps.start(t);
       const int64_t ahead = steps.ahead_in_forward(s);
