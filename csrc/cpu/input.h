@@ -151,8 +151,7 @@ class InputGates {
       return {space, row_size(block)};
     }
     const int64_t index = chunk.row_of(iteration) + row - place.rows.begin;
-    if (chunk.ahead)
-      return {ahead(place, block) + index * row_size(block), row_size(block)};
+    if (chunk.ahead) return {ahead(place, block) + index * row_size(block), row_size(block)};
     multiply(place, block, row == place.rows.begin, rows, chunk.x + index * chunk.ld, chunk.ld,
              space);
     return {space, row_size(block)};
