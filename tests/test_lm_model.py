@@ -115,6 +115,16 @@ def test_positions_that_dropout_makes_differ_are_projected_by_themselves() -> No
 
 
 @pytest.mark.usefixtures("_sought")
+def test_little_memory_is_not_spent_on_gates_of_all_positions() -> None:
+    model, tokens = _model(memory="low"), _tokens(20, 3)
+    counts = _projected_rows(model)
+    model(tokens)
+    with torch.no_grad():
+        model(tokens)
+    assert counts == [tokens.numel(), tokens.unique().numel()]
+
+
+@pytest.mark.usefixtures("_sought")
 def test_different_tokens_are_not_looked_up() -> None:
     model, tokens = _model(), torch.arange(V).view(V, 1)
     counts = _projected_rows(model)

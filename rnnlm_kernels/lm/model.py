@@ -29,8 +29,8 @@ LayerState = Tensor | tuple[Tensor, Tensor]
 # any. The batch is dimension 1 of every tensor.
 State = list[LayerState]
 
-# Multiply-adds of the input's projection that are worth looking for repeated tokens; and those that
-# every gate of a position has to save, for it is then written and read once more.
+# Repeated tokens are looked for where the input's projection takes so many multiply-adds, and used
+# where that saves so many for every gate of a position, which is then written and read once more.
 _LITTLE_WORK = 10_000_000
 _WORK_OF_A_GATE = 64
 
@@ -292,11 +292,13 @@ class RNNLanguageModel(nn.Module):
         """The different ones among ``tokens``, and the place of each position's among them.
 
         That is for the first layer to project every token once. It cannot where positions of one
-        token differ, by dropout; where it would gain little, all tokens are returned, and None.
+        token differ, by dropout; where it would gain little, or keep for backward what
+        ``memory="low"`` is to spare, all tokens are returned, and None.
         """
         first: Any = self.layers[0]
         drops = self.dropout_input.training and self.dropout_input.p > 0.0
-        if self.config.layer != "ours" or drops or not _values_are_known(tokens):
+        spares = self.config.memory == "low" and torch.is_grad_enabled()
+        if self.config.layer != "ours" or drops or spares or not _values_are_known(tokens):
             return tokens, None
         count, width = tokens.numel(), self.config.emb
         if count * width * first.weight_ih_l0.shape[0] < _LITTLE_WORK:
