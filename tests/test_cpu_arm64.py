@@ -99,6 +99,7 @@ TINY = {
     "packed": {"lengths": (12, 9, 9, 1), "H": 19},
     "packed-reverse": {"lengths": (12, 9, 9, 1), "H": 18, "reverse": True},
     "few-rows": {"T": 1, "B": 2, "H": 21, "I": 19},
+    "projected-input": {"T": 5, "B": 3, "H": 18, "projected": True},
 }
 
 

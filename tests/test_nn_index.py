@@ -83,7 +83,7 @@ def test_results_and_gradients_are_those_of_the_rows(
 
 @every_layer
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_layers_of_a_stack_run_at_the_same_time(kind: str, bidirectional: bool) -> None:
+def test_stacks_in_inference(kind: str, bidirectional: bool) -> None:
     _, layer = pair(kind, num_layers=3, bidirectional=bidirectional)
     rows, index = table(), torch.randint(ROWS, (200, 1))
     with torch.no_grad():

@@ -94,6 +94,15 @@ def test_fake_tensors_are_checked_alike(name: str, shape: tuple, match: str) -> 
 
 
 @every_cell
+def test_a_projected_input_of_another_width_or_with_a_bias_is_named(cell: str) -> None:
+    given = layer(cell, projected=True)
+    width = len(given.get("w_hh"))
+    match = rf"without w_ih, x should be \dH = {width} wide, got \[4, 3, 7\]"
+    refused(given.having(x=zeros(4, 3, 7)), match)
+    refused(given.having(b_ih=zeros(width)), "without w_ih there should be no b_ih")
+
+
+@every_cell
 def test_another_dtype_is_named(cell: str) -> None:
     given = layer(cell, **({"proj": 2} if cell == "lstm" else {}))
     for name in given.names[1:]:

@@ -16,7 +16,7 @@ from ..options import BUILT_OPTIONS, Plan, Problem, RecurrenceOptions
 SAVES_GATES = True
 
 # Forward gets x and W_ih: the projected gates of a few steps stay in the cache, and a call touches
-# no memory for all of them (docs/performance-log.md).
+# no memory for all of them (docs/performance-log.md). Or gates_x, where the input came projected.
 PROJECTS_INPUT = True
 
 # Codes of DType in csrc/core/params.h.
