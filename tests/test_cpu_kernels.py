@@ -354,6 +354,8 @@ def check_bfloat16_errors() -> None:
             assert result.ok, result.summary()
         for B in (1, 17, 49, 70):  # x is read where it lies
             assert_near_oracle(layer(cell, 3, B, 32, 34, scale=0.2), torch.bfloat16)
+            projected = layer(cell, 3, B, H=34, scale=0.2, projected=True)
+            assert_near_oracle(projected, torch.bfloat16)
         for H in (7, 33, 130):
             lengths = (*[9] * 20, *[5] * 13, 2, 1)
             for reverse in (False, True):
