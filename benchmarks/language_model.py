@@ -11,7 +11,8 @@ more with a continuous cache. Every tenth synonym pair is kept from training. Ev
 folder of its own and resumed where it was interrupted.
 
 ``speed`` trains a model of this package and the same model made of torch.nn.LSTM, torch.nn.Linear
-and cross_entropy from the same weights, and compares tokens per second, losses, and peak memory. A
+and cross_entropy from the same weights, and compares tokens per second, losses, and peak memory;
+with ``--dropout`` on the input, between the layers and on the output of both, each by its own. A
 third contender does what neither can do without: the matrix products alone, each whole by torch,
 and clipping and SGD. Each runs in a process of its own, as in life: in one process, what one of
 them frees decides whether malloc has memory at hand for the next. They take turns, several times.
@@ -27,6 +28,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -148,16 +150,18 @@ def _cell(value: object) -> str:
 class TorchModel(nn.Module):
     """What a user of torch writes: nn.Embedding, nn.LSTM, nn.Linear, cross_entropy."""
 
-    def __init__(self, size: int, width: int) -> None:
+    def __init__(self, size: int, width: int, dropout: float) -> None:
         super().__init__()
         self.embedding = nn.Embedding(size, width)
-        self.lstm = nn.LSTM(width, width, num_layers=2)
+        self.dropout = nn.Dropout(dropout)
+        self.lstm = nn.LSTM(width, width, num_layers=2, dropout=dropout)
         self.head = nn.Linear(width, size)
 
     def forward(self, tokens, targets, state):
         """Mean loss and the state."""
-        hidden, state = self.lstm(self.embedding(tokens), state)
-        return F.cross_entropy(self.head(hidden).flatten(0, 1), targets.flatten()), state
+        hidden, state = self.lstm(self.dropout(self.embedding(tokens)), state)
+        logits = self.head(self.dropout(hidden))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten()), state
 
     def take(self, ours: lm.RNNLanguageModel) -> None:
         """Takes over the weights of our model."""
@@ -172,14 +176,14 @@ class TorchModel(nn.Module):
 class Contender:
     """One of the two models in training."""
 
-    def __init__(self, kind: str, vocabulary: int, width: int) -> None:
+    def __init__(self, kind: str, vocabulary: int, width: int, dropout: float = 0.0) -> None:
         config = lm.ModelConfig(
-            vocabulary, emb=width, hidden=width, layers=2, dropout=0.0, tied=False
+            vocabulary, emb=width, hidden=width, layers=2, dropout=dropout, tied=False
         )
         ours = lm.RNNLanguageModel(config, seed=1)
         self.model: nn.Module = ours
         if kind == "torch":
-            self.model = TorchModel(vocabulary, width)
+            self.model = TorchModel(vocabulary, width, dropout)
             self.model.take(ours)
         self.kind = kind
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
@@ -274,16 +278,22 @@ def speed(arguments: argparse.Namespace) -> None:
         }
         for kind, turns in runs.items()
     }
-    losses = zip(runs["ours"][0]["losses"][:100], runs["torch"][0]["losses"][:100], strict=True)
+    losses = {kind: runs[kind][0]["losses"] for kind in ("ours", "torch")}
+    if arguments.dropout:  # masks differ
+        compared = {"mean loss": {kind: round(fmean(each), 4) for kind, each in losses.items()}}
+    else:
+        pairs = zip(losses["ours"][:100], losses["torch"][:100], strict=True)
+        compared = {"largest difference of the losses": max(abs(a - b) for a, b in pairs)}
     tokens = arguments.batch * arguments.bptt
     ours, theirs = ms["ours"]["update"], ms["torch"]["update"]
     result = {
         "machine": describe(),
         "commit": commit(),
         "size": f"2 x {SIZES[arguments.size]}, vocabulary {arguments.vocabulary:,}, "
-        f"{arguments.batch} x {arguments.bptt} tokens, {arguments.threads} threads",
+        f"{arguments.batch} x {arguments.bptt} tokens, {arguments.threads} threads"
+        + (f", dropout {arguments.dropout}" if arguments.dropout else ""),
         "updates": f"{arguments.turns} x {arguments.steps}",
-        "largest difference of the losses": max(abs(a - b) for a, b in losses),
+        **compared,
         "ms of an update": {
             kind: {part: round(value, 1) for part, value in parts.items()}
             for kind, parts in ms.items()
@@ -313,7 +323,7 @@ def _updates(arguments: argparse.Namespace) -> dict:
         for _ in range(arguments.steps):
             limit.update()
         return {"seconds": limit.seconds}
-    contender = Contender(arguments.only, arguments.vocabulary, width)
+    contender = Contender(arguments.only, arguments.vocabulary, width, arguments.dropout)
     windows = _windows(arguments)
     before = _peak_memory(forget=True)
     for index, window in enumerate(windows):
@@ -361,6 +371,7 @@ def main() -> None:
     each.add_argument("--batch", type=int, default=20)
     each.add_argument("--bptt", type=int, default=35)
     each.add_argument("--steps", type=int, default=100, help="updates of a turn, more than 10")
+    each.add_argument("--dropout", type=float, default=0.0, help="on input, between, on output")
     each.add_argument("--threads", type=int, default=2)
     each.add_argument("--turns", type=int, default=3, help="how often each contender runs")
     each.add_argument("--only", choices=["ours", "torch", "limit"], help=argparse.SUPPRESS)

@@ -11,7 +11,7 @@ from . import ops
 from ._version import __version__
 from .build import build_info
 from .dispatch import BackendError, explain
-from .embeddings import embedding_dropout
+from .dropouts import dropout, embedding_dropout
 from .losses import LinearCrossEntropyLoss, linear_cross_entropy
 from .nn import GRU, LSTM, GRUCell, LSTMCell, replace, restore
 from .options import Plan, Problem, RecurrenceOptions
@@ -28,6 +28,7 @@ __all__ = [
     "RecurrenceOptions",
     "__version__",
     "build_info",
+    "dropout",
     "embedding_dropout",
     "explain",
     "linear_cross_entropy",

@@ -55,6 +55,7 @@ _CALLS = {
     " dx!NI dw_ih!GHI dw_hh!GHR dw_hr!RH db_ih!GH db_hh!GH",
     "cross_entropy": "dtype threads N V logits!NV bias:V target:N class_weight:V class_weight_sum"
     " ignore_index label_smoothing upstream:N gradient losses!N bias_grad!V",
+    "dropout": "dtype threads N seed p scale x:N y!N",
     "elementwise": "function dtype N x:N y!N",
 }
 _INTEGERS = {"batch_sizes", "target"}

@@ -18,6 +18,7 @@ import pytest
 import test_cpu_kernels
 import test_cpu_linear
 import test_cpu_math
+import test_dropout
 import torch
 from cpu_driver import ROOT, Process, Program, missing, run
 from recurrence_cases import (
@@ -188,6 +189,10 @@ def test_a_nan_of_any_payload_stays_one(process, dtype: str) -> None:
     options = (target, None, 0.0, -100, 0.0, payloads.view(torch.float32), True)
     cpu.cross_entropy(logits, None, *options, torch.empty(5), None)
     assert logits.isnan().all()
+
+
+def test_dropout_draws_the_published_numbers(process) -> None:
+    test_dropout.check_masks()
 
 
 # --- the same bits --------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import re
@@ -15,6 +16,7 @@ import torch
 from rnnlm_kernels import lm
 from rnnlm_kernels.lm import trainer as trainer_module
 from rnnlm_kernels.lm.model import detach_state
+from rnnlm_kernels.lm.optim import make_optimizer
 
 TEXT = "the cat sat on the mat; the dog ate the cat's hat.\n" * 40
 DOCS = Path(__file__).parents[1] / "docs" / "training.md"
@@ -212,6 +214,35 @@ def test_clipping_bounds_the_update_and_reports_the_norm_before_it(corpus) -> No
     )
     assert record.grad_norm > 0.05
     assert math.sqrt(squared) == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_a_clip_that_nothing_reaches_changes_no_bit(corpus) -> None:
+    weights, norms = [], []
+    for clip in (None, 1e6):
+        trainer = lm.Trainer(model := _model(corpus), corpus, _config(clip=clip, max_steps=3))
+        records = [r for r in trainer.records() if isinstance(r, lm.StepRecord)]
+        norms.append([record.grad_norm for record in records])
+        weights.append([p.detach() for p in model.parameters()])
+    assert norms[0] == norms[1]
+    assert all(map(torch.equal, *weights))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_fused_updates_are_those_of_torchs_separate_operations(corpus, optimizer: str) -> None:
+    config = _config(optimizer=optimizer, weight_decay=0.01)
+    parameters = list(_model(corpus).parameters())
+    ours = make_optimizer(config, parameters)
+    assert ours.param_groups[0]["fused"]
+    plain = copy.deepcopy(parameters)
+    theirs = type(ours)(plain, lr=config.lr, weight_decay=config.weight_decay, fused=False)
+    for _ in range(3):
+        for parameter, other in zip(parameters, plain, strict=True):
+            parameter.grad = torch.randn_like(parameter)
+            other.grad = parameter.grad.clone()
+        ours.step()
+        theirs.step()
+    for parameter, other in zip(parameters, plain, strict=True):
+        torch.testing.assert_close(parameter, other)
 
 
 def test_records_count_every_token_of_an_epoch(corpus) -> None:

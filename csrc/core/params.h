@@ -169,6 +169,19 @@ struct CrossEntropy {
   void* bias_grad;       // A [V] or null; the gradient's column sums are added to it
 };
 
+// y = x * scale, or x * 0 with probability p: at position i, where the draw of stream 0 that the
+// seed has for i (device/philox.h) is less than p.
+struct Dropout {
+  DType dtype;
+  int threads;
+  int64_t count;
+  uint64_t seed;
+  float p;
+  double scale;
+  const void* x;  // T [count]
+  void* y;        // T [count]; may be x
+};
+
 // --- CUDA ----------------------------------------------------------------------------------------
 
 // How the layer's steps are run on a GPU (docs/architecture.md). `automatic` lets the cost model

@@ -23,6 +23,7 @@ struct Kernels {
   LayerKernel<Linear> linear;
   LayerKernel<LayerGradients> layer_gradients;
   Result (*cross_entropy)(const CrossEntropy&);
+  Result (*dropout)(const Dropout&);
   // y = f(x) for n floats (f64: doubles), so that tests reach the vector math: 0 exp, 1 sigmoid,
   // 2 tanh.
   void (*elementwise)(int function, DType dtype, int64_t n, const void* x, void* y);
@@ -33,18 +34,21 @@ Kernels kernels();
 Result linear(const Linear*, int);
 Result layer_gradients(const LayerGradients*, int);
 Result cross_entropy(const CrossEntropy&);
+Result dropout(const Dropout&);
 }  // namespace generic
 namespace avx2 {
 Kernels kernels();
 Result linear(const Linear*, int);
 Result layer_gradients(const LayerGradients*, int);
 Result cross_entropy(const CrossEntropy&);
+Result dropout(const Dropout&);
 }  // namespace avx2
 namespace avx512 {
 Kernels kernels();
 Result linear(const Linear*, int);
 Result layer_gradients(const LayerGradients*, int);
 Result cross_entropy(const CrossEntropy&);
+Result dropout(const Dropout&);
 }  // namespace avx512
 
 // bfloat16 layers only; the rest is AVX-512's.

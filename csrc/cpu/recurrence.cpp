@@ -749,6 +749,7 @@ Kernels kernels() {
           linear,
           layer_gradients,
           cross_entropy,
+          dropout,
           [](int function, DType dtype, int64_t n, const void* x, void* y) {
             if (dtype == DType::f64)
               elementwise(function, n, static_cast<const double*>(x), static_cast<double*>(y));

@@ -14,23 +14,35 @@
 
 namespace rnnlm {
 
-struct PhiloxWords {
-  uint32_t word[4];
+// One evaluation, in words of 32 bits. What else has a `Word`, a `product` of its low 32 bits and a
+// number, all 64 bits of it, and the `low` word of that may be given to philox4x32 as well: vectors
+// that hold a word of several evaluations.
+struct ScalarWords {
+  using Word = uint32_t;
+  static RNNLM_HD uint64_t product(Word a, uint32_t b) { return uint64_t{b} * a; }
+  static RNNLM_HD Word low(uint64_t product) { return static_cast<Word>(product); }
 };
 
+template <class Words>
+struct Philox {
+  typename Words::Word word[4];
+};
+using PhiloxWords = Philox<ScalarWords>;
+
 // Word i holds 32 random bits that depend on all of the counter and on the key.
-RNNLM_HD PhiloxWords philox4x32(PhiloxWords counter, uint32_t key0, uint32_t key1) {
+template <class Words = ScalarWords>
+RNNLM_HD Philox<Words> philox4x32(Philox<Words> counter, uint32_t key0, uint32_t key1) {
   constexpr int kRounds = 10;
   constexpr uint32_t kMultiplier0 = 0xD2511F53, kMultiplier1 = 0xCD9E8D57;
   constexpr uint32_t kWeyl0 = 0x9E3779B9, kWeyl1 = 0xBB67AE85;  // golden ratio, sqrt(3) - 1
-  uint32_t (&c)[4] = counter.word;
+  typename Words::Word(&c)[4] = counter.word;
   for (int round = 0; round < kRounds; ++round) {
-    const uint64_t product0 = uint64_t{kMultiplier0} * c[0];
-    const uint64_t product1 = uint64_t{kMultiplier1} * c[2];
-    c[0] = static_cast<uint32_t>(product1 >> 32) ^ c[1] ^ key0;
-    c[1] = static_cast<uint32_t>(product1);
-    c[2] = static_cast<uint32_t>(product0 >> 32) ^ c[3] ^ key1;
-    c[3] = static_cast<uint32_t>(product0);
+    const auto product0 = Words::product(c[0], kMultiplier0);
+    const auto product1 = Words::product(c[2], kMultiplier1);
+    c[0] = Words::low(product1 >> 32) ^ c[1] ^ key0;
+    c[1] = Words::low(product1);
+    c[2] = Words::low(product0 >> 32) ^ c[3] ^ key1;
+    c[3] = Words::low(product0);
     key0 += kWeyl0;
     key1 += kWeyl1;
   }

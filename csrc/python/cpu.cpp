@@ -171,6 +171,12 @@ void cross_entropy(int dtype, int threads, int64_t rows, int64_t classes, Addres
                     pointer(bias_grad)});
 }
 
+void dropout(int dtype, int threads, int64_t count, uint64_t seed, float p, double scale, Address x,
+             Address y) {
+  call(&cpu::Kernels::dropout,
+       Dropout{DType(dtype), threads, count, seed, p, scale, pointer(x), pointer(y)});
+}
+
 void elementwise(const std::string& function, int dtype, int64_t n, Address x, Address y) {
   const int code = function == "exp" ? 0 : function == "sigmoid" ? 1 : function == "tanh" ? 2 : -1;
   if (code < 0 || (DType(dtype) != DType::f32 && DType(dtype) != DType::f64))
@@ -265,6 +271,7 @@ void bind_cpu(py::module_& m) {
   bind(m, "cpu_linear", &cpu::Kernels::linear, &linear);
   bind(m, "cpu_layer_gradients", &cpu::Kernels::layer_gradients, &layer_gradients);
   m.def("cpu_cross_entropy", &cross_entropy);
+  m.def("cpu_dropout", &dropout);
   m.def("cpu_side_by_side", &side_by_side,
         "Whether a team runs two problems of (threads, caches, work) side by side; for tests.");
   m.def("cpu_layers_at_once", &layers_at_once,

@@ -400,3 +400,22 @@ def cross_entropy(
         losses.data_ptr(),
         0 if bias_grad is None else bias_grad.data_ptr(),
     )
+
+
+def supports_dropout(dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
+    """Whether the kernel runs on such tensors, and why (not)."""
+    return supports_cross_entropy(dtype, device)
+
+
+def dropout(x: Tensor, p: float, seed: int, out: Tensor) -> None:
+    """Fill out with what is kept of x, scaled (see csrc/core/params.h)."""
+    native.cpu_dropout(
+        _DTYPES[x.dtype],
+        torch.get_num_threads(),
+        x.numel(),
+        seed,
+        p,
+        1.0 / (1.0 - p) if p < 1.0 else 0.0,
+        x.data_ptr(),
+        out.data_ptr(),
+    )

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rnnlm_kernels
@@ -18,7 +17,7 @@ import rnnlm_kernels
 
 def kept(shape: tuple[int, ...], p: float, like: Tensor) -> Tensor:
     """A fresh mask: 0 with probability ``p``, else ``1 / (1 - p)``."""
-    return like.new_empty(shape).bernoulli_(1.0 - p).div_(1.0 - p)
+    return rnnlm_kernels.dropout(like.new_ones(shape), p)
 
 
 class LockedDropout(nn.Module):
@@ -66,12 +65,23 @@ class LockedDropout(nn.Module):
         return f"p={self.p}"
 
 
-class ElementDropout(nn.Dropout):
-    """torch's dropout, every element for itself, callable like :class:`LockedDropout`."""
+class ElementDropout(nn.Module):
+    """Dropout of every element for itself, callable like :class:`LockedDropout`.
+
+    Args:
+        p: probability of dropping an element.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
 
     def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
         """Drops elements of ``x``; ``rows`` makes no difference."""
-        return super().forward(x)
+        return rnnlm_kernels.dropout(x, self.p, self.training)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
 
 
 def embed_with_dropped_rows(
@@ -140,7 +150,7 @@ def call_with_dropped_weights(layer: nn.Module, p: float, *inputs: Any, **option
     if any(map(_is_sharded, recurrent.values())):
         # FSDP2 would put the whole weights in the place of the masked ones, without a word.
         raise RuntimeError("weight drop needs whole weights: shard the model, not its layers")
-    dropped = {name: F.dropout(weight, p) for name, weight in recurrent.items()}
+    dropped = {name: rnnlm_kernels.dropout(weight, p) for name, weight in recurrent.items()}
     return torch.func.functional_call(layer, dropped, inputs, options)
 
 

@@ -341,13 +341,14 @@ class Trainer:
         self._scaler.unscale_(self._optimizer)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm_tensor = torch.nn.utils.get_total_norm(gradients)
+        norm = float(norm_tensor)
         if config.clip_value is not None:
             torch.nn.utils.clip_grad_value_(self._parameters, config.clip_value)
-        if config.clip is not None and config.clip_value is None:
+            if config.clip is not None:
+                torch.nn.utils.clip_grad_norm_(self._parameters, config.clip)
+        elif config.clip is not None and norm + 1e-6 > config.clip:
+            # torch's factor, clip / (norm + 1e-6), would be 1 for any other norm.
             torch.nn.utils.clip_grads_with_norm_(self._parameters, config.clip, norm_tensor)
-        elif config.clip is not None:
-            torch.nn.utils.clip_grad_norm_(self._parameters, config.clip)
-        norm = float(norm_tensor)
         self._check_finite(loss, norm, lr)
         self._step_with(lr)
         if self.average is not None:
@@ -557,7 +558,10 @@ class Trainer:
             self.average = AveragedModel(self.model)
             self.average.n_averaged.copy_(training["averaged_updates"])
             self.model.load_state_dict(training["raw_model"])
+        fused = [group["fused"] for group in self._optimizer.param_groups]
         self._optimizer.load_state_dict(training["optimizer"])
+        for group, its_own in zip(self._optimizer.param_groups, fused, strict=True):
+            group["fused"] = its_own  # the device's, not that of the device it was written on
         self._rate.load_state_dict(training["rate"])
         self._scaler.load_state_dict(training["scaler"])
         self._objective.tasks.load_state_dict(training["tasks"])

@@ -256,6 +256,13 @@ CrossEntropy cross_entropy(const Problem& from) {
   return p;
 }
 
+Dropout dropout(const Problem& from) {
+  return {from.dtype(),          int(from.number("threads")),
+          from.number("N"),      uint64_t(from.number("seed")),
+          float(from.real("p")), from.real("scale"),
+          from.tensor("x"),      from.tensor("y")};
+}
+
 template <class Params>
 cpu::Result run(cpu::LayerKernel<Params> kernel, const std::vector<Problem>& problems) {
   std::vector<Params> params(problems.size());
@@ -292,6 +299,7 @@ cpu::Result run(const cpu::Kernels& kernels, const std::string& name,
   if (name == "layer_gradients") return run(kernels.layer_gradients, problems);
   const Problem& problem = problems.at(0);
   if (name == "cross_entropy") return kernels.cross_entropy(cross_entropy(problem));
+  if (name == "dropout") return kernels.dropout(dropout(problem));
   if (name != "elementwise") give_up("no such kernel");
   kernels.elementwise(int(problem.number("function")), problem.dtype(), problem.number("N"),
                       problem.tensor("x"), problem.tensor("y"));
