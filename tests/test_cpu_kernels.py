@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -218,6 +219,7 @@ SPLITS = {
     "units": {"T": 3, "B": 2, "H": 600},
     "rows-and-units": {"T": 9, "B": 2, "H": 400},
     "packed-rows": {"lengths": tuple(range(20, 4, -1)), "H": 64, "reverse": True},
+    "rows-of-large-weights": {"T": 4, "B": 24, "H": 300},
     "one-step": {"T": 1, "B": 70, "H": 100, "I": 40},
     "memory-mapped-beforehand": {"T": 260, "B": 130, "H": 64},
 }
@@ -232,6 +234,40 @@ def test_any_number_of_threads_gives_the_same_bits(cell: str, sizes: dict, threa
     for count in (2, 3, 8):
         torch.set_num_threads(count)
         assert_same_bits(kernel_results(problem), expected)
+
+
+@pytest.mark.parametrize("threads_", [2, 3, 8])
+@pytest.mark.parametrize(
+    "lengths",
+    [(70,) * 40, (300, *[1] * 39), tuple(range(120, 80, -1))],
+    ids=["equal", "one", "all"],
+)
+@every_cell
+def test_groups_of_rows_of_any_sizes_give_the_same_bits(cell, lengths, threads_, threads) -> None:
+    """The largest group has as many rows as there is memory for."""
+    problem = layer(cell, lengths=lengths, H=70, scale=0.1)
+    torch.set_num_threads(1)
+    expected = kernel_results(problem)
+    torch.set_num_threads(threads_)
+    assert_same_bits(kernel_results(problem), expected)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 7, 16])
+def test_groups_of_rows_have_nearly_equal_work(groups: int) -> None:
+    draw = random.Random(groups)
+    for shortest, longest in ((1, 1), (50, 100), (1, 100), (1, 3)):
+        for rows in (groups, groups + 1, 3 * groups, 100):
+            lengths = sorted((draw.randint(shortest, longest) for _ in range(rows)), reverse=True)
+            batch_sizes = [sum(n > t for n in lengths) for t in range(lengths[0])]
+            found = _C.cpu_row_groups(batch_sizes, groups)
+            assert [begin for begin, _ in found] == [0, *(end for _, end in found[:-1])]
+            assert found[-1][1] == rows
+            assert all(1 <= end - begin <= 2 * -(-rows // groups) for begin, end in found)
+            if 2 * shortest >= longest:
+                most = max(sum(lengths[begin:end]) for begin, end in found)
+                assert most <= sum(lengths) / groups + longest
+    assert _C.cpu_row_groups([40, *[1] * 299], 2) == [(0, 1), (1, 40)]
+    assert _C.cpu_row_groups([40, *[1] * 299], 4) == [(0, 1), (1, 14), (14, 27), (27, 40)]
 
 
 def test_threads_share_a_projection_of_few_rows_and_a_projected_state(threads) -> None:

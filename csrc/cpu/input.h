@@ -42,13 +42,15 @@ class Input {
         converts_(!is_operand<S>(p.input)) {
     if (given_ || (!converts_ && split.row_groups == 1)) return;
     // Where units are split, too, a smaller team than planned splits only those.
-    const int64_t parts = split.unit_groups == 1 ? split.row_groups : 1;
-    const int64_t rows = max64(kInputRows<S>, ceil_div(steps.batch(), parts)) + 1;
+    // Two more: fewer threads may have groups that are larger by the rounding of their equal share.
+    const int parts = split.unit_groups == 1 ? split.row_groups : 1;
+    const int64_t rows = max64(kInputRows<S>, steps.most_rows_of_group(parts)) + 2;
     copy_ = arena.take<X>(split.threads() * rows * ld_);
   }
 
   int64_t width() const { return width_; }
 
+  // Where that is so, the largest group has no more rows in a step than are computed at once.
   static bool goes_ahead(const Steps& steps, Split split) {
     return 2 * ceil_div(steps.batch(), split.row_groups) <= kInputRows<S>;
   }
@@ -77,7 +79,7 @@ class Input {
     const int64_t count = chunk.end - chunk.begin;
     const int64_t first = steps.forward_step(steps.reverse() ? chunk.end - 1 : chunk.begin);
     const bool as_it_is = !converts_ && place.split.row_groups == 1;
-    const int64_t capacity = max64(kInputRows<S>, ceil_div(steps.batch(), place.split.row_groups));
+    const int64_t capacity = max64(kInputRows<S>, steps.most_rows_of_group(place.split.row_groups));
     X* copy = as_it_is ? nullptr : copy_ + place.thread * capacity * ld_;
     int64_t row = 0;
     for (int64_t i = 0; i < count; ++i) {

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "kernels.h"
+#include "parallel.h"
 
 #if defined(RNNLM_HAVE_AVX512BF16) || defined(RNNLM_HAVE_AMX)
 #include <cpuid.h>
@@ -53,14 +54,6 @@ bool has_amx() {
          (edx & kTile) && may_use_tiles();
 }
 #endif
-
-bool is_amd() {
-#if defined(__x86_64__)
-  return __builtin_cpu_is("amd");
-#else
-  return false;
-#endif
-}
 
 Choice pick() {
   // Best first.

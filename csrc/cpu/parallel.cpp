@@ -211,6 +211,14 @@ int layers_at_once(int threads, int layers, int64_t steps, const Demand& most) {
   return 1;
 }
 
+bool is_amd() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 void divide(int came, const int* asked, int count, Crew* crews) {
   if (came < count) {
     for (int i = 0; i < count; ++i) crews[i] = {i % came, 1};
@@ -225,6 +233,32 @@ void divide(int came, const int* asked, int count, Crew* crews) {
     begin += size;
     wanted -= asked[i];
   }
+}
+
+int64_t most_rows_of_group(int64_t batch, int groups) {
+  return std::min(batch, 2 * ((batch + groups - 1) / groups));
+}
+
+Rows rows_of_group(const int64_t* batch_sizes, int64_t steps, int64_t batch, int group,
+                   int groups) {
+  const int64_t most = most_rows_of_group(batch, groups);
+  Rows rows{0, 0};
+  int64_t length = steps;  // of row rows.end
+  int64_t rest = std::accumulate(batch_sizes, batch_sizes + steps, int64_t{0}), own = 0;
+  for (int others = groups - 1; others >= groups - 1 - group; --others) {
+    const int64_t least = batch - others * most;  // or the others could not have the rest
+    const int64_t limit = std::min(rows.end + most, batch - others);
+    rows.begin = rows.end;
+    rest -= own;
+    own = 0;
+    for (; rows.end < limit; ++rows.end, own += length) {
+      while (length > 0 && batch_sizes[length - 1] <= rows.end) --length;
+      // With half of the next row it would have its share of the rest: it is as near as it gets.
+      const bool enough = (2 * own + length) * (others + 1) > 2 * rest;
+      if (enough && rows.end > rows.begin && rows.end >= least) break;
+    }
+  }
+  return rows;
 }
 
 void map_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes,

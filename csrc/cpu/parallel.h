@@ -30,6 +30,9 @@ struct Demand {
   int64_t caches_with_input = caches;  // the same with the weights of the input
 };
 
+// Whether AMD made this CPU: some choices were measured on those only, so far.
+bool is_amd();
+
 // Whether a team of `threads` should run two problems, which need not wait for each other, side by
 // side, half a team for each; otherwise it is one after the other by all. Half a team waits less at
 // barriers and has more rows for each weight that it loads, and may be all that a problem can use.
@@ -53,6 +56,18 @@ struct Crew {
 // Which of the `came` threads of a team each of `count` crews gets, which asked for so many: those,
 // or as large a part of them as there is. With fewer threads than crews, some have the same one.
 void divide(int came, const int* asked, int count, Crew* crews);
+
+// The most rows that `rows_of_group` gives to one of `groups` groups.
+int64_t most_rows_of_group(int64_t batch, int groups);
+
+// Rows begin .. end of a batch of sequences of different lengths, the longest first, for group
+// number `group`: the sums of the groups' lengths are as equal as whole rows allow, so that no
+// group waits long for another; but a group has no more than twice an equal share of the rows, for
+// which there is memory. `batch_sizes` [steps]: how many rows each step has.
+struct Rows {
+  int64_t begin, end;
+};
+Rows rows_of_group(const int64_t* batch_sizes, int64_t steps, int64_t batch, int group, int groups);
 
 // Has the system map memory that is about to be written, part `part` of `parts` of it. Otherwise it
 // is mapped page by page, and where two threads first write to a page at the same moment, each has

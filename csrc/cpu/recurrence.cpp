@@ -74,8 +74,7 @@ class LstmForwardTask {
   Split split() const {
     const int64_t input = p_.gates_x ? 0 : 4 * p_.hidden * p_.projection.input;
     const int64_t recurrent = 4 * p_.hidden * width_ + p_.proj * p_.hidden;
-    return choose_split(p_.threads, p_.seq.steps, p_.seq.batch, input + recurrent,
-                        recurrent * int64_t(sizeof(X)), input * int64_t(sizeof(X)));
+    return choose_split<S>(p_.threads, p_.seq, recurrent, input);
   }
 
   void run(const Place& place) {
@@ -208,8 +207,7 @@ class LstmBackwardTask {
 
   Split split() const {
     const int64_t weights = 4 * p_.hidden * width_ + p_.proj * p_.hidden;
-    return choose_split(p_.threads, p_.seq.steps, p_.seq.batch, weights,
-                        weights * int64_t(sizeof(X)));
+    return choose_split<S>(p_.threads, p_.seq, weights);
   }
 
   void run(const Place& place) {
@@ -380,8 +378,7 @@ class GruForwardTask {
   Split split() const {
     const int64_t input = p_.gates_x ? 0 : 3 * p_.hidden * p_.projection.input;
     const int64_t recurrent = 3 * p_.hidden * p_.hidden;
-    return choose_split(p_.threads, p_.seq.steps, p_.seq.batch, input + recurrent,
-                        recurrent * int64_t(sizeof(X)), input * int64_t(sizeof(X)));
+    return choose_split<S>(p_.threads, p_.seq, recurrent, input);
   }
 
   void run(const Place& place) {
@@ -558,8 +555,7 @@ class GruBackwardTask {
 
   Split split() const {
     const int64_t weights = 3 * p_.hidden * p_.hidden;
-    return choose_split(p_.threads, p_.seq.steps, p_.seq.batch, weights,
-                        weights * int64_t(sizeof(X)));
+    return choose_split<S>(p_.threads, p_.seq, weights);
   }
 
   void run(const Place& place) {

@@ -29,6 +29,19 @@ class Arena {
   int64_t used_ = 0;
 };
 
+struct Range {
+  int64_t begin, end;
+};
+
+inline Range share(int64_t count, int part, int parts) {
+  return {count * part / parts, count * (part + 1) / parts};
+}
+
+inline Range clip(Range range, int64_t begin, int64_t end) {
+  begin = max64(range.begin, begin);
+  return {begin, max64(begin, min64(range.end, end))};
+}
+
 // The sequence with the start of each step worked out.
 class Steps {
  public:
@@ -48,6 +61,16 @@ class Steps {
   int64_t count() const { return seq_.steps; }
   int64_t batch() const { return seq_.batch; }
   bool reverse() const { return seq_.reverse; }
+  // Of a group of rows, of which there are `groups`; and how many one has at most.
+  Range rows_of_group(int group, int groups) const {
+    if (!seq_.batch_sizes) return share(seq_.batch, group, groups);
+    const Rows rows = cpu::rows_of_group(seq_.batch_sizes, seq_.steps, seq_.batch, group, groups);
+    return {rows.begin, rows.end};
+  }
+  int64_t most_rows_of_group(int groups) const {
+    return seq_.batch_sizes ? cpu::most_rows_of_group(seq_.batch, groups)
+                            : ceil_div(seq_.batch, groups);
+  }
   int64_t rows(int64_t t) const { return seq_.batch_sizes ? seq_.batch_sizes[t] : seq_.batch; }
   int64_t start(int64_t t) const { return starts_ ? starts_[t] : t * seq_.batch; }
   int64_t total_rows() const { return start(seq_.steps - 1) + rows(seq_.steps - 1); }
@@ -87,24 +110,34 @@ struct Split {
 
 constexpr int64_t kStepWork = 20'000;          // multiply-adds a step that make a barrier worth it
 constexpr int64_t kCachedWeights = 1'000'000;  // bytes of weights that a core keeps at hand
+// Up to so many bytes come from the cache that AMD's cores share as fast as a core multiplies so
+// many rows with them (docs/performance-log.md; not measured on others). Threads that share rows
+// wait for each other in every step: long where their cores are far apart, and for time slices
+// where another process takes one.
+template <class S>
+constexpr int64_t kStreamedWeights = kPairs<S> ? 0 : 4'500'000;
+constexpr int64_t kRowsToStream = 8;
 
-// `weights`: multiply-adds per row and step; `weight_bytes`: what a thread reads again every step;
-// `input_bytes`: and every few steps.
-inline Split choose_split(int threads, int64_t steps, int64_t batch, int64_t weights,
-                          int64_t weight_bytes, int64_t input_bytes = 0) {
-  const int64_t work = steps * batch * weights;
+// `recurrent` and `input`: weights that a row is multiplied with in a step; a thread reads the
+// former again every step, the latter every few.
+template <class S>
+Split choose_split(int threads, const Sequence& seq, int64_t recurrent, int64_t input = 0) {
+  const int64_t batch = seq.batch, weights = recurrent + input, bytes = sizeof(Operand<S>);
+  const int64_t weight_bytes = recurrent * bytes, work = seq.steps * batch * weights;
   threads = int(max64(1, min64(threads, work / kThreadWork)));
   Split split;
   // A single step reads every weight once, wherever it is.
-  const int64_t units =
-      steps == 1 ? threads : min64(threads, ceil_div(weight_bytes, kCachedWeights));
+  int64_t units = threads;
+  if (seq.steps > 1) units = min64(units, ceil_div(weight_bytes, kCachedWeights));
+  if (seq.steps > 1 && batch > 0 && weight_bytes <= kStreamedWeights<S> && is_amd())
+    units = min64(units, ceil_div(kRowsToStream * threads, batch));
   split.row_groups = int(max64(1, min64(threads / units, batch)));
   split.unit_groups = threads / split.row_groups;
   if (batch * weights / split.threads() < kStepWork) split.unit_groups = 1;
   const auto caches = [](int64_t bytes) {
     return max64(1, (bytes + kCachedWeights / 2) / kCachedWeights);
   };
-  split.demand = {split.threads(), caches(weight_bytes), work, caches(weight_bytes + input_bytes)};
+  split.demand = {split.threads(), caches(weight_bytes), work, caches(weights * bytes)};
   return split;
 }
 
@@ -112,19 +145,6 @@ inline Split choose_split(int threads, int64_t steps, int64_t batch, int64_t wei
 inline Split shrink(Split split, int threads) {
   if (threads >= split.threads()) return split;
   return split.unit_groups == 1 ? Split{threads, 1} : Split{1, threads};
-}
-
-struct Range {
-  int64_t begin, end;
-};
-
-inline Range share(int64_t count, int part, int parts) {
-  return {count * part / parts, count * (part + 1) / parts};
-}
-
-inline Range clip(Range range, int64_t begin, int64_t end) {
-  begin = max64(range.begin, begin);
-  return {begin, max64(begin, min64(range.end, end))};
 }
 
 // Asks for some pieces of a row that will be read, or written, a step later. The pieces of one
@@ -221,7 +241,7 @@ struct Prepared {
     if (place.idle()) return;
     place.row_group = thread / place.split.unit_groups;
     place.unit_group = thread % place.split.unit_groups;
-    place.rows = share(task.steps.batch(), place.row_group, place.split.row_groups);
+    place.rows = task.steps.rows_of_group(place.row_group, place.split.row_groups);
     place.all = barriers;
     place.rows_barrier = barriers + 1 + place.row_group;
     place.progress = progress + place.row_group;

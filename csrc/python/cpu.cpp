@@ -243,6 +243,17 @@ std::vector<std::pair<int, int>> crews(int came, const std::vector<int>& asked) 
   return found;
 }
 
+std::vector<std::pair<int64_t, int64_t>> row_groups(const std::vector<int64_t>& batch_sizes,
+                                                    int groups) {
+  std::vector<std::pair<int64_t, int64_t>> found;
+  for (int group = 0; group < groups; ++group) {
+    const cpu::Rows rows = cpu::rows_of_group(batch_sizes.data(), int64_t(batch_sizes.size()),
+                                              batch_sizes.at(0), group, groups);
+    found.emplace_back(rows.begin, rows.end);
+  }
+  return found;
+}
+
 py::dict info() {
   const cpu::Choice& choice = cpu::choose();
   if (choice.error) raise_unless_ok(Status::invalid_argument(choice.error));
@@ -280,6 +291,8 @@ void bind_cpu(py::module_& m) {
   m.def("cpu_crews", &crews,
         "(begin, size) of the threads of each crew, of those that came and those that every crew "
         "asked for; for tests.");
+  m.def("cpu_row_groups", &row_groups,
+        "(begin, end) of the rows of each group of threads, of a batch of sequences; for tests.");
   m.def("cpu_elementwise", &elementwise,
         "y = f(x) of n values by the kernels' own exp, sigmoid or tanh; for tests.");
 }
