@@ -115,7 +115,7 @@ constexpr int64_t kCachedWeights = 1'000'000;  // bytes of weights that a core k
 // wait for each other in every step: long where their cores are far apart, and for time slices
 // where another process takes one.
 template <class S>
-constexpr int64_t kStreamedWeights = kPairs<S> ? 0 : 4'500'000;
+constexpr int64_t kStreamedWeights = kPairs<S> ? 0 : 8'000'000;
 constexpr int64_t kRowsToStream = 8;
 
 // `recurrent` and `input`: weights that a row is multiplied with in a step; a thread reads the
