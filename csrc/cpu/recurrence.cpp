@@ -10,7 +10,8 @@
 // step reads all of the old one while it writes the new one.
 //
 // Rows of different lengths: rows are sorted by length, so step t is rows 0 .. rows(t). A row that
-// is not in a step is not touched: cost is proportional to the valid steps.
+// is not in a step is not touched: cost is proportional to the valid steps. Groups of rows have
+// nearly equal sums of lengths, so the first ones have fewer rows.
 //
 // What a product reads (h, and backward the gradients of the gates) is stored as the product wants
 // it, bfloat16 where the CPU multiplies that (product.h); an LSTM's gradients not twice, where the
