@@ -69,6 +69,9 @@ def check_masks() -> None:
                     wide = x.double() if dtype == torch.float64 else x.float()
                     expected = torch.where(mask, wide * scale, wide * 0.0)
                     assert torch.equal(dropped(x, p, seed), expected.to(dtype)), (dtype, seed, p)
+                    in_place = x.clone()
+                    cpu.dropout(in_place, p, seed, in_place)
+                    assert torch.equal(in_place, expected.to(dtype))
 
 
 @needs_native

@@ -52,9 +52,7 @@ RNNLM_INLINE void draw(uint64_t seed, uint64_t first, uint32_t* words) {
   for (int l = 0; l < kLanes64; ++l) lane[l] = uint64_t(l);
   for (int group = 0; group < kGroups; ++group) {
     const VectorWords::Word block = lane + (first / 4 + uint64_t(group * kLanes64));
-    const Philox<VectorWords> drawn = philox4x32<VectorWords>(
-        {{block, block >> 32, VectorWords::Word{}, VectorWords::Word{}}},  // stream 0
-        uint32_t(seed), uint32_t(seed >> 32));
+    const Philox<VectorWords> drawn = random_words<VectorWords>(seed, 0, block, block >> 32);
     const uint64_t kLow = UINT32_MAX;
     const VectorWords::Word pairs[2] = {(drawn.word[0] & kLow) | drawn.word[1] << 32,
                                         (drawn.word[2] & kLow) | drawn.word[3] << 32};

@@ -50,10 +50,18 @@ RNNLM_HD Philox<Words> philox4x32(Philox<Words> counter, uint32_t key0, uint32_t
 }
 
 // The draws of positions 4 * block to 4 * block + 3. Streams with the same seed are independent.
+// `low` and `high` are the words of `block`, of several blocks where Words are vectors.
+template <class Words>
+RNNLM_HD Philox<Words> random_words(uint64_t seed, uint64_t stream, typename Words::Word low,
+                                    typename Words::Word high) {
+  using Word = typename Words::Word;
+  const Philox<Words> counter{{low, high, Word{} + static_cast<uint32_t>(stream),
+                               Word{} + static_cast<uint32_t>(stream >> 32)}};
+  return philox4x32<Words>(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+}
 RNNLM_HD PhiloxWords random_words(uint64_t seed, uint64_t stream, uint64_t block) {
-  const PhiloxWords counter{{static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32),
-                             static_cast<uint32_t>(stream), static_cast<uint32_t>(stream >> 32)}};
-  return philox4x32(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+  return random_words<ScalarWords>(seed, stream, static_cast<uint32_t>(block),
+                                   static_cast<uint32_t>(block >> 32));
 }
 
 // One of the 2^24 multiples of 2^-24 in [0, 1): exact, so the same on every machine.

@@ -16,8 +16,8 @@ def make_optimizer(
     """The optimiser that a configuration names.
 
     ``weight_decay`` is torch's: added to the gradient by ``"adam"`` and ``"sgd"``, decoupled from
-    it (Loshchilov and Hutter 2019) by ``"adamw"``. Where the device has them, torch's fused updates
-    run, one pass over the parameters: a third of the time of the separate ones.
+    it (Loshchilov and Hutter 2019) by ``"adamw"``. On CPUs and with CUDA torch's fused updates run,
+    one pass over the parameters (docs/performance-log.md).
     """
     lr, decay = config.lr, config.weight_decay
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)

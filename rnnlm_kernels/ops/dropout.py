@@ -1,7 +1,7 @@
 """Dropout whose mask is drawn again in backward, not kept.
 
-On CPUs PyTorch draws one number of a mask after the other, on one thread (with MKL and an Intel CPU
-it has faster ways): 12 ns each, an eighth of an update of AWD-LSTM. The CPU kernel takes one number
+On CPUs PyTorch draws one number of a mask after the other, on one thread (not with MKL and an Intel
+CPU): 12 ns each on an AMD, an eighth of an update of AWD-LSTM. The CPU kernel takes one number
 from PyTorch's generator, as the seed of random numbers that follow from it and from an element's
 position alone (csrc/device/philox.h).
 """
