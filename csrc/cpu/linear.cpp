@@ -121,12 +121,12 @@ class LayerGradientsTask {
     if (p.dx) {
       if (!shares_rows()) {
         w_ih_.parts = split().unit_groups;
-        if (rows_ > 4) {
-          panels_ = arena.take<X>(threads * kPieceChains * kChain * kMaxVectors * L);
+        if (rows_ > 1) {
+          panels_ = arena.take<X>(threads * kPieceChains * kChain<S> * kMaxVectors * L);
           sums_ = arena.take<T>(w_ih_.blocks() * rows_ * kMaxVectors * L);
         }
       }
-      w_ih_.reserve(arena, shares_rows() && rows_ > 4 ? Packing::ahead : Packing::none, p.threads);
+      w_ih_.reserve(arena, shares_rows() && rows_ > 1 ? Packing::ahead : Packing::none, p.threads);
       const int64_t copied = shares_rows() ? threads * kInputGradRows : rows_;
       if (converts_) dgates_ = arena.take<X>(copied * gates_ld_);
     }
@@ -258,7 +258,7 @@ class LayerGradientsTask {
   // All rows by this thread's columns, some terms of all sums after others.
   void multiply_in_pieces(const Place& place, const X* dgates) {
     alignas(64) T acc[kRowsAtOnce * kMaxVectors * L];
-    X* panel = panels_ + place.thread * kPieceChains * kChain * kMaxVectors * L;
+    X* panel = panels_ + place.thread * kPieceChains * kChain<S> * kMaxVectors * L;
     const Range blocks = place.blocks(w_ih_.blocks());
     const int64_t depth = w_ih_.depth, at_once = rows_at_once<S>(rows_);
     const int64_t length = kPieceChains * w_ih_.chain_terms();

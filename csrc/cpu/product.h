@@ -79,14 +79,16 @@ constexpr int kRowsAtOnce = 48;  // whose sums, inputs and piece of the panel fi
 // Weights of so many bytes are not in the caches any more when they are read again.
 constexpr int64_t kFarBytes = int64_t(6) << 20;
 
-// Multiply-adds in one chain, at most. A float32 sum of a thousand terms in a single chain loses
+// Terms in one chain, at most: 192 additions. A float32 sum of a thousand in a single chain loses
 // three times the bits that a blocked one does; and this much of a panel stays near for all rows.
-constexpr int64_t kChain = 192;
-static_assert(kChain % kTileDepth == 0, "a chain of pairs is whole tiles");
-// A sum is cut into chains of nearly the same length, a multiple of `unit`: a short one costs as
-// much around it as a long one.
-inline int64_t chain_length(int64_t terms, int64_t unit) {
-  const int64_t chains = max64(1, ceil_div(terms, kChain));
+template <class S>
+constexpr int64_t kChain = kPairs<S> ? 384 : 256;
+// A sum is cut into chains of nearly the same length: a short one costs as much around it as a long
+// one. Chains of pairs are whole tiles.
+template <class S>
+int64_t chain_length(int64_t terms) {
+  const int64_t unit = kPairs<S> ? kTileDepth : 4;
+  const int64_t chains = max64(1, ceil_div(terms, kChain<S>));
   return max64(unit, ceil_div(ceil_div(terms, chains), unit) * unit);
 }
 
@@ -248,18 +250,19 @@ RNNLM_INLINE void pair_chain_rows(int rows, const bf16* a, int64_t lda, int64_t 
 // `product` for pairs.
 template <int NV>
 void pair_product(int rows, const bf16* a, int64_t lda, int64_t K, const bf16* panel,
-                  const bf16* next, Start<float> start, float* acc, Destination destination) {
+                  const bf16* next, Start<float> start, float* acc, Destination destination,
+                  int64_t length) {
   constexpr int L = kLanes<float>;
   const int groups = int(ceil_div(rows, max_rows(NV)));
-  for (int64_t k = 0; k == 0 || k < K; k += kChain) {
-    const bf16* ahead = k + kChain < K ? panel + (k + kChain) * NV * L : next;
+  for (int64_t k = 0; k == 0 || k < K; k += length) {
+    const bf16* ahead = k + length < K ? panel + (k + length) * NV * L : next;
     for (int g = 0; g < groups; ++g) {
       const int begin = rows * g / groups, end = rows * (g + 1) / groups;
       float* out = acc + begin * NV * L;
       if (!k) destination.prefetch_rows<NV>(begin, end);
       const Start<float> from = k ? Start<float>{out, NV * L} : start.rows_from(begin);
-      pair_chain_rows<NV>(end - begin, a + begin * lda + k, lda, min64(kChain, K - k),
-                          panel + k * NV * L, ahead + g * kChain * L, from, out);
+      pair_chain_rows<NV>(end - begin, a + begin * lda + k, lda, min64(length, K - k),
+                          panel + k * NV * L, ahead + g * length * L, from, out);
     }
   }
 }
@@ -456,9 +459,7 @@ struct Matrix {
   int64_t line(int64_t block, int v) const {
     return gates ? v * units + block * L : unit(block, v);
   }
-  int64_t chain_terms() const {
-    return kPairs<S> ? kChain : chain_length(terms ? terms : depth, 4);
-  }
+  int64_t chain_terms() const { return chain_length<S>(terms ? terms : depth); }
   int64_t packed_depth() const { return kPairs<S> ? operand_ld<S>(depth) : depth; }
   int64_t panel_size() const { return packed_depth() * vectors * L; }
   int64_t panels_size() const { return blocks() * panel_size(); }
@@ -591,7 +592,8 @@ struct Matrix {
       return tiled_product<NV>(tiles, rows, a, lda, packed_depth(), panel, start, acc);
 #elif defined(__AVX512BF16__)
     if constexpr (kPairs<S>)
-      return pair_product<NV>(rows, a, lda, packed_depth(), panel, next, start, acc, destination);
+      return pair_product<NV>(rows, a, lda, ceil_div(depth, 2) * 2, panel, next, start, acc,
+                              destination, chain_terms());
 #endif
     if constexpr (!kPairs<S>)
       product<T, NV>(rows, a, lda, depth, panel, next, start, acc, destination, chain_terms());
@@ -609,17 +611,20 @@ struct Matrix {
     }
     if (columns) return;
     const int groups = int(ceil_div(rows, kDotRows));
-    for (int v = 0; v < count; ++v)
-      for (int64_t l = 0; l < lanes(block, v); l += kDots)
+    for (int v = 0; v < count; ++v) {
+      const int64_t n = lanes(block, v), at_once = groups > 1 ? kDots : n;
+      for (int64_t l = 0; l < n; l += at_once)
         for (int g = 0; g < groups; ++g) {
           const int begin = rows * g / groups, end = rows * (g + 1) / groups;
           const X* x = a + begin * lda;
-          T* out = acc + (begin * count + v) * L;
+          const S* from = w + (line(block, v) + l) * ld;
+          T* out = acc + (begin * count + v) * L + l;
           if (g == 0 && is_far())
-            dot_rows<true>(end, x, lda, block, v, l, out, count * L);
+            dot_rows<true>(end, x, lda, from, min64(at_once, n - l), out, count * L);
           else
-            dot_rows<false>(end - begin, x, lda, block, v, l, out, count * L);
+            dot_rows<false>(end - begin, x, lda, from, min64(at_once, n - l), out, count * L);
         }
+    }
   }
 
   // One vector's width of factors, of the first n numbers.
@@ -650,18 +655,17 @@ struct Matrix {
     if constexpr (!kPairs<S>) return fma(x, w, sum);
   }
 
-  // Dot products of MR rows of a with up to four rows of w, those of lane l of vector v and after,
-  // added to out[row][lane]. `far`: asks for the four rows behind them, which lie on other pages,
-  // where the CPU does not look ahead.
+  // Dot products of MR rows of a with up to four rows of w, added to out[row][row of w]. `far`: asks
+  // for the four rows behind them, which lie on other pages, where the CPU does not look ahead.
   static constexpr int kDots = 4;
   static constexpr int kDotRows = (kVectorRegisters - kDots - 1) / kDots;
   template <bool far, int MR>
-  void dots(const X* x, int64_t ldx, int64_t block, int v, int64_t l, T* out,
-            int64_t out_step) const {
-    const int64_t whole = depth / kDotStep * kDotStep, n = min64(kDots, lanes(block, v) - l);
+  RNNLM_INLINE void dots(const X* x, int64_t ldx, const S* from, int64_t n, T* out,
+                         int64_t out_step) const {
+    const int64_t whole = depth / kDotStep * kDotStep;
     const S* row[kDots];
 #pragma GCC unroll 4
-    for (int j = 0; j < kDots; ++j) row[j] = w + (line(block, v) + l + min64(j, n - 1)) * ld;
+    for (int j = 0; j < kDots; ++j) row[j] = from + min64(j, n - 1) * ld;
     Vec<T> sums[MR][kDots] = {};
     for (int64_t k = 0; k < whole; k += kDotStep) {
       Factors y[kDots];
@@ -687,23 +691,33 @@ struct Matrix {
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m, out += out_step)
       if (n == kDots)
-        add_sums<T>(sums[m], out + l);
+        add_sums<T>(sums[m], out);
       else
 #pragma GCC unroll 4
         for (int j = 0; j < kDots; ++j)
-          if (j < n) out[l + j] += sum<T>(sums[m][j]);
+          if (j < n) out[j] += sum<T>(sums[m][j]);
+  }
+  // The same for `count` rows of w. Between two times four the CPU must not lose sight of memory:
+  // little happens there.
+  template <bool far, int MR>
+  void all_dots(const X* x, int64_t ldx, const S* from, int64_t count, T* out,
+                int64_t out_step) const {
+    int64_t j = 0;
+    for (; j + kDots <= count; j += kDots)
+      dots<far, MR>(x, ldx, from + j * ld, kDots, out + j, out_step);
+    if (j < count) dots<far, MR>(x, ldx, from + j * ld, count - j, out + j, out_step);
   }
   template <bool far, int MR = 1>
-  void dot_rows(int rows, const X* x, int64_t ldx, int64_t block, int v, int64_t l, T* out,
+  void dot_rows(int rows, const X* x, int64_t ldx, const S* from, int64_t count, T* out,
                 int64_t out_step) const {
-    if (rows == MR) return dots<far, MR>(x, ldx, block, v, l, out, out_step);
-    if constexpr (MR < kDotRows) dot_rows<far, MR + 1>(rows, x, ldx, block, v, l, out, out_step);
+    if (rows == MR) return all_dots<far, MR>(x, ldx, from, count, out, out_step);
+    if constexpr (MR < kDotRows) dot_rows<far, MR + 1>(rows, x, ldx, from, count, out, out_step);
   }
 
   // Multiples of the rows of w, in the order of `chain`.
   void add_columns(int64_t block, const X* x, T* out) const {
     const int count = vectors_of(block);
-    const int64_t length = chain_length(depth, 4);
+    const int64_t length = chain_terms();
     for (int64_t k0 = 0; k0 < depth; k0 += length) {
       Vec<T> sums[kMaxVectors] = {};
       for (int64_t k = k0; k < min64(k0 + length, depth); ++k) {

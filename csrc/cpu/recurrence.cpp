@@ -264,10 +264,11 @@ class LstmBackwardTask {
   }
 
  private:
-  RNNLM_INLINE void prefetch_inputs(int64_t index, int64_t unit) const {
-    const int64_t H = p_.hidden;
+  // Of the next step, whose c this one reads too; hence the c before that.
+  RNNLM_INLINE void prefetch_inputs(int64_t here, int64_t ahead, int64_t unit) const {
+    const int64_t H = p_.hidden, index = here + ahead;
     prefetch<4>(static_cast<const S*>(p_.saved) + index * 4 * H + unit, H * int64_t(sizeof(S)));
-    prefetch<1>(static_cast<const T*>(p_.cells) + index * H + unit, 0);
+    prefetch<1>(static_cast<const T*>(p_.cells) + (index + ahead) * H + unit, 0);
     prefetch<4, true>(static_cast<S*>(p_.dgates) + index * 4 * H + unit, H * int64_t(sizeof(S)));
     if (p_.grad_output && !p_.proj)
       prefetch<1>(static_cast<const S*>(p_.grad_output) + index * H + unit, 0);
@@ -296,7 +297,7 @@ class LstmBackwardTask {
   RNNLM_INLINE void arrive(int64_t t, int64_t ahead, int64_t row, int64_t unit, int64_t lanes, V dh,
                            X* own) {
     const int64_t index = steps.start(t) + row;
-    prefetch_inputs(index + ahead, unit);
+    prefetch_inputs(index, ahead, unit);
     if (p_.proj)
       gather_projected(index, row, unit, lanes, dh);
     else
@@ -580,7 +581,7 @@ class GruBackwardTask {
 
       for_each_output(recurrent_, place, clip(place.rows, 0, min64(rows, next_rows)), s & 1, next,
                       gate_ld_, [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
-                        prefetch_inputs(steps.start(t) + row + ahead, unit);
+                        prefetch_inputs(steps.start(t) + row, ahead, unit);
                         step(t, row, unit, lanes, load(sums) + load(direct_ + row * ld_ + unit),
                              own);
                       });
@@ -613,8 +614,10 @@ class GruBackwardTask {
     V r, z, n, hn;
   };
 
-  RNNLM_INLINE void prefetch_inputs(int64_t index, int64_t unit) const {
-    const int64_t H = p_.hidden, bytes = H * int64_t(sizeof(S));
+  // Of the next step; of h the one before it.
+  RNNLM_INLINE void prefetch_inputs(int64_t here, int64_t ahead, int64_t unit) const {
+    const int64_t H = p_.hidden, bytes = H * int64_t(sizeof(S)), index = here + ahead;
+    prefetch<1>(static_cast<const S*>(p_.output) + (index + ahead) * H + unit, 0);
     if (p_.reset_before)
       prefetch<3>(static_cast<const S*>(p_.saved) + index * 3 * H + unit, bytes);
     else

@@ -90,7 +90,7 @@ class Steps {
     return seq_.reverse ? rows(forward_step(s)) : rows(s + 1);
   }
   // Index of the state of `row` before step t, or -1 if that is the initial state.
-  int64_t previous(int64_t t, int64_t row) const {
+  RNNLM_INLINE int64_t previous(int64_t t, int64_t row) const {
     const int64_t before = seq_.reverse ? t + 1 : t - 1;
     if (before < 0 || before >= seq_.steps || row >= rows(before)) return -1;
     return start(before) + row;

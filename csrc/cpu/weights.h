@@ -17,7 +17,10 @@ Packing packing(const Matrix<S>& m, const Sequence& seq) {
   constexpr bool tiles = false;
 #endif
   bool pays;
-  if (m.columns || tiles) {
+  if (m.columns) {
+    // Copied as they are, and read along the rows of w otherwise, once for every row of a.
+    pays = seq.steps * seq.batch > 1;
+  } else if (tiles) {
     pays = seq.steps == 1 ? seq.batch > 4 : seq.steps * ceil_div(seq.batch, 4) > 8;
   } else {
     // Dot products read the rows of w as they are and are as fast, but for the lanes of each, which
