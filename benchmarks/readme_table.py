@@ -54,9 +54,10 @@ def rows_of(rows: dict, machines: list[dict], missing: str) -> list[str]:
 
 
 def machine_of(results: dict) -> str:
-    """ "Intel Xeon", "AMD EPYC": as much of a CPU's name as matters."""
+    """ "Intel Xeon", "AMD EPYC, one thread": as much of a CPU's name as matters."""
     name = re.sub(r"\((R|TM)\)|CPU.*|Processor.*|\d+-Core.*", "", results["machine"]["cpu"])
-    return " ".join(name.split())
+    threads = {group["threads"] for group in results["geomeans"]}
+    return " ".join(name.split()) + (", one thread" if threads == {1} else "")
 
 
 def table(machines: list[dict]) -> str:
