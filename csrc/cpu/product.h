@@ -655,8 +655,9 @@ struct Matrix {
     if constexpr (!kPairs<S>) return fma(x, w, sum);
   }
 
-  // Dot products of MR rows of a with up to four rows of w, added to out[row][row of w]. `far`: asks
-  // for the four rows behind them, which lie on other pages, where the CPU does not look ahead.
+  // Dot products of MR rows of a with up to four rows of w, added to out[row][row of w]. `far`:
+  // asks for the four rows behind them, which lie on other pages, where the CPU does not look
+  // ahead.
   static constexpr int kDots = 4;
   static constexpr int kDotRows = (kVectorRegisters - kDots - 1) / kDots;
   template <bool far, int MR>
