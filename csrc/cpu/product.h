@@ -79,8 +79,9 @@ constexpr int kRowsAtOnce = 48;  // whose sums, inputs and piece of the panel fi
 // Weights of so many bytes are not in the caches any more when they are read again.
 constexpr int64_t kFarBytes = int64_t(6) << 20;
 
-// Terms in one chain, at most: 192 additions. A float32 sum of a thousand in a single chain loses
-// three times the bits that a blocked one does; and this much of a panel stays near for all rows.
+// Terms in one chain, at most; of pairs two are one addition. A float32 sum of a thousand in a
+// single chain loses three times the bits that a blocked one does; and this much of a panel stays
+// near for all rows.
 template <class S>
 constexpr int64_t kChain = kPairs<S> ? 384 : 256;
 // A sum is cut into chains of nearly the same length: a short one costs as much around it as a long
@@ -591,7 +592,7 @@ struct Matrix {
     if constexpr (kPairs<S>)
       return tiled_product<NV>(tiles, rows, a, lda, packed_depth(), panel, start, acc);
 #elif defined(__AVX512BF16__)
-    if constexpr (kPairs<S>)
+    if constexpr (kPairs<S>)  // not the zeros up to a whole tile
       return pair_product<NV>(rows, a, lda, ceil_div(depth, 2) * 2, panel, next, start, acc,
                               destination, chain_terms());
 #endif
@@ -718,7 +719,7 @@ struct Matrix {
   // Multiples of the rows of w, in the order of `chain`.
   void add_columns(int64_t block, const X* x, T* out) const {
     const int count = vectors_of(block);
-    const int64_t length = chain_terms();
+    const int64_t length = chain_length<T>(depth);  // not of pairs: one addition a term
     for (int64_t k0 = 0; k0 < depth; k0 += length) {
       Vec<T> sums[kMaxVectors] = {};
       for (int64_t k = k0; k < min64(k0 + length, depth); ++k) {
