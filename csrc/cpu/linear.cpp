@@ -5,13 +5,14 @@
 // How gradients are computed. That of a weight is the outer product of two tensors of N rows:
 // gates' gradients on the left, what the weight was multiplied with on the right (x, the h before
 // each step). N is cut into chunks. Of each, the team packs the right sides into panels, in the
-// order in which the products of product.h read weights; then every thread transposes some columns
-// of the left sides, group by group, and multiplies those rows by the panels: the group stays in
-// the cache, and so does a panel while a group is multiplied with it. On the way the columns' sums,
-// the gradients of the biases, cost an addition. A thread owns whole rows of the results, and adds
-// the chunks up in order: results are the same bits for any number of threads.
+// order in which the products of product.h read weights; then the threads take groups of columns of
+// the left sides, transpose them, and multiply those rows by the panels: the group stays in the
+// cache, and so does a panel while a group is multiplied with it. On the way the columns' sums, the
+// gradients of the biases, cost an addition. A group is whole rows of the results, and the chunks
+// are added up in order: results are the same bits for any number of threads.
 //
-// The gradient of x is a product with the columns of W_ih like those of the recurrence.
+// The gradient of x is a product with the columns of W_ih like those of the recurrence. It comes
+// before the groups of the first chunk, so that who is done with it earlier takes more of those.
 
 #include "weights.h"
 
@@ -45,7 +46,8 @@ class LinearTask {
     if (converts()) x_ = arena.take<X>(p.rows * ld_);
   }
 
-  // Each thread has some of the outputs, for all rows: it packs their weights where it uses them.
+  // Each thread takes some outputs after others, for all rows: it packs their weights where it uses
+  // them.
   Split split() const {
     const int64_t work = p_.rows * p_.units * p_.input;
     Split split;
@@ -59,11 +61,13 @@ class LinearTask {
       copy_operand<S>(p_.x, p_.input, place.everything(p_.rows), x_, ld_);
       place.meet_all();
     }
-    for_each_output(w_, place, {0, p_.rows}, false, converts() ? x_ : static_cast<const X*>(p_.x),
-                    converts() ? ld_ : p_.input,
-                    [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
-                      store(static_cast<S*>(p_.out) + row * p_.units + unit, load(sums), lanes);
-                    });
+    const int64_t blocks = w_.blocks();
+    for (Range b = place.take(blocks, 1); b.begin < b.end; b = place.take(blocks, 1))
+      for_each_output(w_, place.only(b.begin, blocks), {0, p_.rows}, false,
+                      converts() ? x_ : static_cast<const X*>(p_.x), converts() ? ld_ : p_.input,
+                      [&](int64_t row, int64_t unit, int64_t lanes, const T* sums) {
+                        store(static_cast<S*>(p_.out) + row * p_.units + unit, load(sums), lanes);
+                      });
   }
 
  private:
@@ -167,12 +171,14 @@ class LayerGradientsTask {
   }
 
   void run(const Place& place) {
-    if (p_.dx) input_gradient(place);
+    if (p_.dx) prepare_input_gradient(place);
+    int64_t handed_out = 0;
     for (int64_t begin = 0; begin < rows_; begin += kChunkRows) {
       const Range chunk = {begin, min64(rows_, begin + kChunkRows)};
       for (Right* right : {&x_, &h_, &other_}) pack(*right, place, chunk);
       place.meet_all();
-      for (int i = 0; i < lefts_; ++i) multiply(left_[i], place, chunk);
+      if (p_.dx && begin == 0) input_gradient(place);
+      for (int i = 0; i < lefts_; ++i) multiply(left_[i], place, chunk, handed_out);
       if (chunk.end < rows_) place.meet_all();  // the next one's panels go where these are
     }
   }
@@ -217,14 +223,23 @@ class LayerGradientsTask {
   // dx = dgates W_ih. Many rows are shared among the threads, which then need all of the packed
   // weights; of few each thread has some columns, and packs their weights where it uses them.
   bool shares_rows() const { return w_ih_.blocks() < 2 * p_.threads || rows_ > kChunkRows; }
+  // What all threads read: they meet before they go on to the gradient itself.
+  void prepare_input_gradient(const Place& place) {
+    if (shares_rows())
+      w_ih_.pack(rows_of(place));
+    else if (converts_)
+      copy_operand<S>(p_.dgates, p_.gates * p_.hidden, place.everything(rows_), dgates_, gates_ld_);
+  }
+  // The place of a thread that has all columns.
+  static Place rows_of(Place place) {
+    std::swap(place.split.row_groups, place.split.unit_groups);
+    place.unit_group = 0;
+    return place;
+  }
   void input_gradient(const Place& team) {
     const int64_t width = p_.gates * p_.hidden;
     const S* dgates = static_cast<const S*>(p_.dgates);
     if (!shares_rows()) {
-      if (converts_) {
-        copy_operand<S>(dgates, width, team.everything(rows_), dgates_, gates_ld_);
-        team.meet_all();
-      }
       const X* rows = converts_ ? dgates_ : reinterpret_cast<const X*>(dgates);
       if (panels_)
         multiply_in_pieces(team, rows);
@@ -232,11 +247,7 @@ class LayerGradientsTask {
         multiply_by_w_ih(team, rows, {0, rows_});
       return;
     }
-    Place place = team;
-    std::swap(place.split.row_groups, place.split.unit_groups);
-    place.unit_group = 0;
-    w_ih_.pack(place);
-    place.meet_all();
+    const Place place = rows_of(team);
     const Range mine = place.everything(rows_);
     X* copy = dgates_ + place.thread * kInputGradRows * gates_ld_;
     for (int64_t row = mine.begin; row < mine.end; row += kInputGradRows) {
@@ -330,14 +341,18 @@ class LayerGradientsTask {
     }
   }
 
-  // The part of a chunk in this thread's rows of the gradients.
-  void multiply(const Left& left, const Place& place, Range chunk) {
+  // The part of a chunk in the rows of the gradients that this thread takes. `handed_out`: of the
+  // chunks and left sides before.
+  void multiply(const Left& left, const Place& place, Range chunk, int64_t& handed_out) {
     if (!left.count && !left.sum) return;
-    const Range tiles = place.blocks(ceil_div(left.units, L));
-    const Range mine = {tiles.begin * L, min64(tiles.end * L, left.units)};
+    const int64_t first = handed_out;
+    handed_out += ceil_div(left.units, L) * L;
     X* transposed = transposed_ + place.thread * kRowsAtOnce * left_ld_;
-    for (int64_t unit = mine.begin; unit < mine.end; unit += kRowsAtOnce) {
-      const int64_t count = min64(kRowsAtOnce, mine.end - unit);
+    for (;;) {
+      const Range taken = place.take(handed_out, kRowsAtOnce, L);
+      if (taken.begin == taken.end) return;
+      const int64_t unit = taken.begin - first;
+      const int64_t count = min64(taken.end - taken.begin, left.units - unit);
       transpose_columns(left, chunk, unit, count, transposed);
       for (int i = 0; i < left.count; ++i)
         multiply(left.outers[i], place, chunk, unit, int(count), transposed);

@@ -323,6 +323,19 @@ void Barrier::wait(int participants) {
   wait_until([&] { return __atomic_load_n(&phase_, __ATOMIC_ACQUIRE) != phase; });
 }
 
+Handout::Piece Handout::take(int64_t end, int64_t most, int64_t unit, int threads) {
+  int64_t begin = __atomic_load_n(&next_, __ATOMIC_RELAXED);
+  for (;;) {
+    if (begin >= end) return {end, end};
+    const int64_t share = (end - begin + threads - 1) / threads;
+    const int64_t piece = (std::min(most, share) + unit - 1) / unit * unit;
+    const int64_t after = std::min(end, begin + piece);
+    if (__atomic_compare_exchange_n(&next_, &begin, after, true, __ATOMIC_RELAXED,
+                                    __ATOMIC_RELAXED))
+      return {begin, after};
+  }
+}
+
 void Progress::publish(int64_t iterations) {
   __atomic_store_n(&iterations_, iterations, __ATOMIC_RELEASE);
 }

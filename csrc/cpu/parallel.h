@@ -104,6 +104,23 @@ class alignas(64) Barrier {
   alignas(64) int phase_ = 0;
 };
 
+// Work that the threads of a team take from piece by piece, for as long as there is some: a core
+// that is slower, or taken away for a while, is left with less of it. Memory of zeros is one from
+// which nothing has been taken.
+class alignas(64) Handout {
+ public:
+  struct Piece {
+    int64_t begin, end;
+  };
+  // The next piece of what lies before `end`: `most` long, but no longer than an equal share of
+  // what is left, in multiples of `unit`, so that all of `threads` are done at nearly the same
+  // time. Empty: nothing is left. `end` may grow from one call to another, once nothing is.
+  Piece take(int64_t end, int64_t most, int64_t unit, int threads);
+
+ private:
+  int64_t next_ = 0;
+};
+
 // How far a group of threads has come, for others to wait until they may read what it has written.
 // Spins as well.
 class alignas(64) Progress {

@@ -173,6 +173,7 @@ struct Place {
   Barrier* all;
   Barrier* rows_barrier;
   Progress* progress;
+  Handout* handout;
   Leader leader;
   int64_t steps_at_once;  // that the input is projected for, at most
   Tiles* tiles;
@@ -180,6 +181,18 @@ struct Place {
   bool idle() const { return thread >= split.threads(); }
   Range blocks(int64_t count) const { return share(count, unit_group, split.unit_groups); }
   Range everything(int64_t count) const { return share(count, thread, split.threads()); }
+  // As if each of `count` blocks had a thread of its own, and this were that of `block`.
+  Place only(int64_t block, int64_t count) const {
+    Place place = *this;
+    place.unit_group = int(block);
+    place.split.unit_groups = int(count);
+    return place;
+  }
+  // The next piece of work that all share, see Handout.
+  Range take(int64_t end, int64_t most, int64_t unit = 1) const {
+    const Handout::Piece piece = handout->take(end, most, unit, split.threads());
+    return {piece.begin, piece.end};
+  }
   // Memory that the team is going to write, `count` numbers.
   template <class T>
   void map(T* memory, int64_t count) const {
@@ -212,6 +225,7 @@ struct Prepared {
   static constexpr int64_t kMaxGroups = 256;
   Barrier* barriers;   // for all threads, then for each group of rows
   Progress* progress;  // of each group of rows
+  Handout* handout;
   Task task;
   Split split;
   bool follower;
@@ -220,6 +234,7 @@ struct Prepared {
   Prepared(const Params& params, Arena& arena)
       : barriers(arena.take<Barrier>(1 + kMaxGroups)),
         progress(arena.take<Progress>(kMaxGroups)),
+        handout(arena.take<Handout>(1)),
         task(params, arena),
         split(task.split()),
         follower(follows(params)) {
@@ -230,6 +245,7 @@ struct Prepared {
     __builtin_memset(static_cast<void*>(barriers), 0,
                      sizeof(Barrier) * size_t(1 + split.row_groups));
     __builtin_memset(static_cast<void*>(progress), 0, sizeof(Progress) * size_t(split.row_groups));
+    __builtin_memset(static_cast<void*>(handout), 0, sizeof(Handout));
     task.steps.fill();
   }
   // What the thread with this number among `threads` does.
@@ -245,6 +261,7 @@ struct Prepared {
     place.all = barriers;
     place.rows_barrier = barriers + 1 + place.row_group;
     place.progress = progress + place.row_group;
+    place.handout = handout;
     place.leader = leader;
     place.steps_at_once = steps_at_once;
     Tiles tiles;
