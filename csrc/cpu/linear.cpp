@@ -19,9 +19,16 @@
 namespace rnnlm::cpu::RNNLM_ISA {
 namespace {
 
-// Rows of all steps that are handled together. More of them read and write the results less often;
-// with fewer the panels stay nearer.
-constexpr int64_t kChunkRows = 512;
+// Rows of all steps that are handled together, at most. More of them read and write the results
+// less often; with fewer the panels stay nearer.
+constexpr int64_t kChunkRows = 1024;
+// In chunks of nearly equal size, and of whole tiles.
+int64_t rows_of_chunks(int64_t rows) {
+  const int64_t chunks = max64(1, ceil_div(rows, kChunkRows));
+  return min64(rows, ceil_div(ceil_div(rows, chunks), kTileDepth) * kTileDepth);
+}
+// Rows from which on threads share them in the product with W_ih, rather than columns.
+constexpr int64_t kManyRows = 512;
 // Rows of the gates' gradients that the product with W_ih takes at once.
 constexpr int64_t kInputGradRows = 2 * kRowsAtOnce;
 
@@ -116,7 +123,7 @@ class LayerGradientsTask {
         p_(p),
         scale_(Vec<T>{} + T(p.scale)),
         rows_(p.rows),
-        chunk_rows_(min64(kChunkRows, p.rows)),
+        chunk_rows_(rows_of_chunks(p.rows)),
         left_ld_(operand_ld<S>(chunk_rows_)),
         converts_(!is_operand<S>(p.gates * p.hidden)),
         gates_ld_(converts_ ? operand_ld<S>(p.gates * p.hidden) : p.gates * p.hidden),
@@ -173,8 +180,8 @@ class LayerGradientsTask {
   void run(const Place& place) {
     if (p_.dx) prepare_input_gradient(place);
     int64_t handed_out = 0;
-    for (int64_t begin = 0; begin < rows_; begin += kChunkRows) {
-      const Range chunk = {begin, min64(rows_, begin + kChunkRows)};
+    for (int64_t begin = 0; begin < rows_; begin += chunk_rows_) {
+      const Range chunk = {begin, min64(rows_, begin + chunk_rows_)};
       for (Right* right : {&x_, &h_, &other_}) pack(*right, place, chunk);
       place.meet_all();
       if (p_.dx && begin == 0) input_gradient(place);
@@ -216,13 +223,13 @@ class LayerGradientsTask {
     outer = {&right, static_cast<S*>(out), nullptr};
     if constexpr (std::is_same<S, T>::value)
       outer.total = outer.out;
-    else if (rows_ > kChunkRows)
+    else if (rows_ > chunk_rows_)
       outer.total = arena.take<T>(left.units * right.units);
   }
 
   // dx = dgates W_ih. Many rows are shared among the threads, which then need all of the packed
   // weights; of few each thread has some columns, and packs their weights where it uses them.
-  bool shares_rows() const { return w_ih_.blocks() < 2 * p_.threads || rows_ > kChunkRows; }
+  bool shares_rows() const { return w_ih_.blocks() < 2 * p_.threads || rows_ > kManyRows; }
   // What all threads read: they meet before they go on to the gradient itself.
   void prepare_input_gradient(const Place& place) {
     if (shares_rows())
