@@ -18,6 +18,8 @@ ROWS = {
     "GRU float32": ("gru", "dense", "float32"),
     "GRU bfloat16": ("gru", "dense", "bfloat16"),
     "LSTM float32, packed rows of different lengths": ("lstm", "packed", "float32"),
+    "LSTM float32, a few steps of few rows": ("lstm", "short", "float32"),
+    "GRU float32, a few steps of few rows": ("gru", "short", "float32"),
     "LSTM, one step of one row (latency)": ("lstm", "latency", "float32"),
     "GRU, one step of one row (latency)": ("gru", "latency", "float32"),
 }

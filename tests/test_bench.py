@@ -56,7 +56,7 @@ from rnnlm_kernels.bench.workload import (
 from rnnlm_kernels.files import write_atomically
 
 QUICK = TimingOptions(budget_s=0.0, min_samples=2, max_samples=2, min_sample_s=0.0, warmup=1)
-TINY = Workload("lstm", 4, 2, 3, 5)
+TINY = Workload("lstm", 4, 5, 3, 5)
 
 workloads = st.builds(
     Workload,
@@ -347,6 +347,22 @@ def test_geomean_scales_and_inverts(values: list[float], factor: float) -> None:
     assert geomean(1 / v for v in values) == pytest.approx(1 / mean)
 
 
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({}, "dense"),
+        ({"lengths": "packed"}, "packed"),
+        ({"batch": 4}, "short"),
+        ({"seq_len": 1}, "short"),
+        ({"batch": 4, "lengths": "packed"}, "packed"),
+        ({"seq_len": 1, "batch": 1}, "latency"),
+    ],
+    ids=str,
+)
+def test_kinds_of_problems(changes: dict, kind: str) -> None:
+    assert replace(TINY, **changes).kind == kind
+
+
 def test_geomeans_keep_cells_dtypes_modes_and_kinds_apart() -> None:
     apart = [
         TINY,
@@ -502,7 +518,7 @@ def test_a_gpu_run_that_ends_early_has_met_every_target_and_every_dtype_alike() 
 
 def test_gpu_targets_and_cpu_targets_are_apart() -> None:
     slow = {"ratio": 0.5, "peak_ratio": 0.5, "saved_ratio": 0.1}
-    gru = Workload("gru", 4, 2, 256, 256, dtype="bfloat16", mode="training")
+    gru = Workload("gru", 4, 5, 256, 256, dtype="bfloat16", mode="training")
     on_gpu = targets.judge([measurement(replace(gru, device="cuda:0"), **slow)])
     assert {v.target.title: v.met for v in on_gpu} == {
         "GRU bfloat16 on a GPU, training, mean": False,
@@ -553,7 +569,7 @@ def test_a_shape_is_four_integers(text: str) -> None:
 
 
 def test_targets_are_met_at_their_bound_and_missed_below_it() -> None:
-    gru = Workload("gru", 4, 2, 3, 5)
+    gru = Workload("gru", 4, 5, 3, 5)
     ratios = {1.2: True, 1.19: False}
     for ratio, expected in ratios.items():
         (verdict,) = targets.judge([measurement(gru, ratio=ratio)])
@@ -569,10 +585,10 @@ def test_saved_bytes_must_be_few() -> None:
 
 
 def test_a_wrong_kernel_meets_no_target() -> None:
-    gru = Workload("gru", 4, 2, 3, 5)
+    gru = Workload("gru", 4, 5, 3, 5)
     found = [
         measurement(gru, ratio=9.0),
-        measurement(replace(gru, batch=3), status=WRONG),
+        measurement(replace(gru, batch=6), status=WRONG),
     ]
     (verdict,) = targets.judge(found)
     assert (verdict.met, verdict.word) == (False, "missed, 1 refused")

@@ -385,13 +385,13 @@ def test_callgrinds_files(instructions: dict[str, Any], text: str, expected: obj
 
 
 def test_instructions_per_step_and_unit(instructions: dict[str, Any]) -> None:
-    grid = [TINY, replace(TINY, cell="gru")]  # 4 steps, 2 x 5 units
-    counts = {(0, "cpu"): 800.0, (0, TORCH): 1600.0, (0, ONNX): 400.0, (1, "cpu"): 80.0}
-    counts[1, TORCH] = 640.0
+    grid = [TINY, replace(TINY, cell="gru")]  # 4 steps, 5 x 5 units
+    counts = {(0, "cpu"): 2000.0, (0, TORCH): 4000.0, (0, ONNX): 1000.0, (1, "cpu"): 200.0}
+    counts[1, TORCH] = 1600.0
     rows = instructions["rows_of"](grid, counts)
     assert rows[0]["contenders"]["cpu"] == {
-        "instructions": 800,
-        "per step": 200.0,
+        "instructions": 2000,
+        "per step": 500.0,
         "per step and unit": 20.0,
     }
     assert [row["ratios"] for row in rows] == [{TORCH: 2.0, ONNX: 0.5}, {TORCH: 8.0}]
@@ -400,7 +400,7 @@ def test_instructions_per_step_and_unit(instructions: dict[str, Any]) -> None:
         "gru": {TORCH: 8.0},
     }
     shown = instructions["table"](rows)
-    assert "| lstm f32 4,2,3,5 | inference | 20.0 | 40.0 | 10.0 | 2.00x | 0.50x |" in shown
+    assert "| lstm f32 4,5,3,5 | inference | 20.0 | 40.0 | 10.0 | 2.00x | 0.50x |" in shown
     assert "| 2.0 | 16.0 | - | 8.00x | - |" in shown
 
 

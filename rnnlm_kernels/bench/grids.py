@@ -25,6 +25,8 @@ BIG_SHAPES = (
 BFLOAT16_SHAPE = (128, 32, 256, 256)
 PACKED_SHAPE = (1000, 8, 64, 64)
 LATENCY_SHAPES = ((1, 1, 64, 64), (1, 1, 256, 256))
+# So few rows in all that a weight is used but a few times: online training, short windows.
+SHORT_SHAPES = ((4, 3, 130, 130), (8, 1, 512, 512))
 
 
 def default_grid(device: str = "cpu") -> list[Workload]:
@@ -37,6 +39,7 @@ def default_grid(device: str = "cpu") -> list[Workload]:
             [PACKED_SHAPE], cells=["lstm"], modes=["training"], lengths=["packed"], device=device
         ),
         *custom_grid(LATENCY_SHAPES, cells=cells, modes=["inference"], device=device),
+        *custom_grid(SHORT_SHAPES, cells=cells, modes=["training"], device=device),
     ]
 
 
@@ -61,6 +64,7 @@ def full_grid(device: str = "cpu") -> list[Workload]:
             modes=["inference"],
             device=device,
         ),
+        *custom_grid(SHORT_SHAPES, cells=cells, dtypes=floats, modes=["training"], device=device),
     ]
 
 

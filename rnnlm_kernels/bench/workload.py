@@ -20,6 +20,8 @@ from ..options import Problem, RecurrenceOptions
 CELLS = ("lstm", "gru", "gru-before")
 MODES = ("inference", "forward", "training")
 LENGTHS = ("dense", "packed")
+# Rows of all steps, up to which a problem is "short": fixed costs say more there than products do.
+_FEW_ROWS = 16
 RUNNERS = ("eager", "graph")
 # What a user chooses. TF32 is float32 whose products a GPU may round to 11 bits on their way into
 # its tensor cores; on a CPU it is float32.
@@ -115,10 +117,12 @@ class Workload:
     @property
     def kind(self) -> str:
         """What is averaged together: ``"graph"``, ``"latency"`` (a single step of a single row),
-        ``"dense"`` or ``"packed"``."""
+        ``"short"`` (a few steps of few rows), ``"dense"`` or ``"packed"``."""
         if self.runner == "graph":
             return "graph"
-        return "latency" if self.seq_len == 1 and self.batch == 1 else self.lengths
+        if self.lengths == "dense" and self.seq_len * self.batch <= _FEW_ROWS:
+            return "short" if self.seq_len * self.batch > 1 else "latency"
+        return self.lengths
 
     @property
     def cudnn_is_persistent(self) -> bool:
