@@ -174,12 +174,12 @@ def problem(
 
 
 # [T, B, I, H]: one row, less than a vector, several blocks of units with a rest, rows that end just
-# before and after a chunk of 512, several chunks; few and many rows for the product with W_ih.
+# before and after a chunk of 1,024, three chunks; few and many rows for the product with W_ih.
 SIZES = (
     *((1, 1, 1, 1), (1, 1, 130, 7), (3, 1, 2, 33), (1, 5, 65, 17), (2, 3, 7, 100)),
-    *((8, 64, 3, 5), (27, 19, 20, 33), (9, 60, 300, 7), (11, 130, 1, 17), (4, 130, 130, 130)),
+    *((8, 128, 3, 5), (25, 41, 20, 33), (9, 60, 300, 7), (16, 130, 1, 17), (4, 130, 130, 130)),
 )
-LENGTHS = (*[40] * 9, 39, 20, *[13] * 20, 2, 1)  # 682 rows
+LENGTHS = (*[40] * 20, 39, 20, *[13] * 20, 2, 1)  # 1,122 rows
 
 
 def check_gradients(dtypes: Sequence[torch.dtype] = tuple(DTYPES.values())) -> None:
@@ -189,7 +189,7 @@ def check_gradients(dtypes: Sequence[torch.dtype] = tuple(DTYPES.values())) -> N
                 check(problem(cell, *size, dtype=dtype, reverse=size[0] % 2 == 0))
             for reverse in (False, True):
                 check(problem(cell, I=5, H=21, lengths=LENGTHS, reverse=reverse, dtype=dtype))
-        for size in ((1, 1, 3, 2), (9, 60, 3, 70)):
+        for size in ((1, 1, 3, 2), (9, 115, 3, 70)):
             check(problem("lstm", *size, proj=1 if size[1] == 1 else 33, dtype=dtype))
 
 
@@ -213,7 +213,7 @@ def test_by_every_instruction_set(isa: str) -> None:
 @every_dtype
 @pytest.mark.parametrize("cell", CELLS)
 def test_what_is_wanted_does_not_depend_on_what_else_is(cell: str, dtype: torch.dtype) -> None:
-    given = problem(cell, 9, 60, 37, 20, dtype=dtype, proj=11 if cell == "lstm" else 0)
+    given = problem(cell, 9, 115, 37, 20, dtype=dtype, proj=11 if cell == "lstm" else 0)
     everything = given.run()
     for wanted in (*[[name] for name in everything], *pairwise(everything)):
         found = given.run(wanted)
@@ -223,7 +223,7 @@ def test_what_is_wanted_does_not_depend_on_what_else_is(cell: str, dtype: torch.
 
 @every_dtype
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("size", [(9, 60, 37, 40), (2, 3, 300, 130), (5, 1, 7, 100)])
+@pytest.mark.parametrize("size", [(9, 115, 37, 40), (2, 3, 300, 130), (5, 1, 7, 100)])
 def test_the_bits_do_not_depend_on_the_threads(
     cell: str, dtype: torch.dtype, size: tuple[int, ...]
 ) -> None:
