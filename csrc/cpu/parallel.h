@@ -114,7 +114,7 @@ class alignas(64) Handout {
   };
   // The next piece of what lies before `end`: `most` long, but no longer than an equal share of
   // what is left, in multiples of `unit`, so that all of `threads` are done at nearly the same
-  // time. Empty: nothing is left before `end`; a thread that has seen that may ask with a later one.
+  // time. Empty: nothing is left before `end`; who has seen that may ask again with a later one.
   Piece take(int64_t end, int64_t most, int64_t unit, int threads);
 
  private:
