@@ -519,18 +519,28 @@ expected = kernel_results(problem)
     )
 
 
+def complaints(name: str, folder: Path) -> str:
+    """Of a program about csrc/cpu/parallel.h."""
+    program = folder / name
+    run(
+        *(compiler(), "-std=c++17", "-O1", "-pthread", f"-I{SOURCES}", DRIVER / f"{name}.cpp"),
+        *(SOURCES / "cpu" / "parallel.cpp", "-ldl", "-o", program),
+    )
+    return run(program)
+
+
 @pytest.mark.skipif(
     not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
     reason="needs Linux and two processors",
 )
 @pytest.mark.skipif(bool(missing("native")), reason=f"no {missing('native')}")
 def test_threads_of_a_team_take_processors_of_their_own(tmp_path: Path) -> None:
-    program = tmp_path / "seats"
-    run(
-        *(compiler(), "-std=c++17", "-O1", "-pthread", f"-I{SOURCES}", DRIVER / "seats.cpp"),
-        *(SOURCES / "cpu" / "parallel.cpp", "-ldl", "-o", program),
-    )
-    assert not run(program)
+    assert not complaints("seats", tmp_path)
+
+
+@pytest.mark.skipif(bool(missing("native")), reason=f"no {missing('native')}")
+def test_work_that_is_handed_out_is_taken_once(tmp_path: Path) -> None:
+    assert not complaints("handout", tmp_path)
 
 
 @pytest.mark.skipif(bool(_C.build_info()["sanitizers"]), reason="ASan ends the process instead")
