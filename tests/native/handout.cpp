@@ -1,6 +1,7 @@
 // Threads take pieces of work, one kind after another from the same handout: every unit must be
 // taken once, in pieces as long as promised. Prints what went wrong.
 
+#include <atomic>
 #include <cstdio>
 #include <thread>
 #include <vector>
@@ -10,7 +11,7 @@
 namespace {
 
 constexpr int64_t kUnit = 16, kMost = 48;
-constexpr int64_t kEnds[] = {16, 16, 800, 805, 4000, 60'000};  // of each kind; one is empty
+constexpr int64_t kEnds[] = {16, 16, 800, 805, 4000, 20'000'000};  // of each kind; one is empty
 
 int fail(const char* what, int threads) {
   std::printf("%s, %d threads\n", what, threads);
@@ -21,8 +22,11 @@ int check(int threads) {
   rnnlm::cpu::Handout handout;
   std::vector<std::vector<rnnlm::cpu::Handout::Piece>> taken(static_cast<size_t>(threads));
   std::vector<std::thread> team;
+  std::atomic<int> there{0};  // all begin together, or the first is done before the others come
   for (auto& mine : taken)
     team.emplace_back([&] {
+      ++there;
+      while (there < threads) std::this_thread::yield();
       for (int64_t end : kEnds)
         for (;;) {
           const auto piece = handout.take(end, kMost, kUnit, threads);
@@ -32,7 +36,7 @@ int check(int threads) {
     });
   for (std::thread& thread : team) thread.join();
 
-  std::vector<int> times(size_t(kEnds[5]), 0);
+  std::vector<unsigned char> times(size_t(kEnds[5]), 0);
   int64_t longest = 0;
   for (const auto& mine : taken)
     for (const auto piece : mine) {
