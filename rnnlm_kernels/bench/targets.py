@@ -158,7 +158,9 @@ TARGETS = (
         dtype="float32",
         mode="inference",
     ),
-    Target("A few steps of few rows, training, slowest", "least", 1.0, kind="short"),
+    Target(
+        "A few steps of few rows, training, slowest", "least", 1.0, kind="short", mode="training"
+    ),
     Target(
         "LSTM float32 bytes saved for backward, most",
         "most saved",

@@ -20,7 +20,8 @@ from ..options import Problem, RecurrenceOptions
 CELLS = ("lstm", "gru", "gru-before")
 MODES = ("inference", "forward", "training")
 LENGTHS = ("dense", "packed")
-# Rows of all steps, up to which a problem is "short": fixed costs say more there than products do.
+# Rows of all steps, up to which a problem is "short": packing weights and calls say more there than
+# products do.
 _FEW_ROWS = 16
 RUNNERS = ("eager", "graph")
 # What a user chooses. TF32 is float32 whose products a GPU may round to 11 bits on their way into
